@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrain a GPT with Megatron's own training loop: all that is needed, and nothing of ours.
+
+    megatron-seqpar run --nproc 2 scripts/pretrain_gpt.py --sequence-parallel-size 2 ARGS
+    torchrun --nproc-per-node 2 scripts/pretrain_gpt.py ARGS    (plain Megatron, without the plugin)
+
+The first line trains with the sequence dimension split over ranks, though nothing below mentions
+it: the launcher patches Megatron before it runs this script. `ARGS` are Megatron's arguments.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+Batch = dict[str, torch.Tensor | None]
+KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
+    """The next micro-batch, cut to this rank's tokens.
+
+    Shapes: every entry `[b, s_local]` but the attention mask, which is None or `[b, 1, s, s]`.
+    Pipeline stages that neither embed nor compute a loss get None for all.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(KEYS)
+    args = get_args()
+    batch: Batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:  # the others receive it from here
+        assert data_iterator is not None
+        loaded = next(data_iterator)
+        for key in KEYS:
+            value = loaded.get(key)
+            batch[key] = None if value is None else value.cuda(non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the token losses, number of tokens counted, and what to report of both.
+
+    Shapes: `loss_mask` and `losses` `[b, s_local]`; the results are scalars, the report `[2]`.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().detach()
+    report = torch.stack([loss.detach(), tokens])
+    return loss, tokens.to(torch.int), {"lm loss": report}
+
+
+def forward_step(data_iterator: Iterator[Batch] | None, model: GPTModel):  # type: ignore[no-untyped-def]
+    """One micro-batch forward: the model's output and the function that makes a loss of it."""
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(samples: list[int], vp_stage: int | None = None):  # type: ignore[no-untyped-def]
+    """Training, validation and test datasets of the given numbers of samples."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+    )
+
+    def reads_data() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
+            vp_stage
+        )
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, config).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # each rank builds its own
+
+if __name__ == "__main__":
+    arguments = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distributed FlashAttention over the SP axis; knows torch and nothing of Megatron.
+
+Read in this order: `layouts` (which tokens a rank owns) -> `masks` (which pairs interact) ->
+`schedules/` (who computes which tile when) -> `schedule`, `assemble`, `verify` (the plan, its
+transfers, its proof; no torch up to here) -> `kernels/`, `transport`, `merge` -> `execute` -> `api`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .layouts import ContiguousLayout, Span, even_lengths
+from .masks import Causal, Full, Mask
+from .schedule import Payload, Problem, Route, Schedule, Step, Tile, Transfer
+from .schedules import build_schedule
+
+if TYPE_CHECKING:
+    from .api import dist_flash_attention
+    from .counters import Counters
+    from .transport import ProcessGroupTransport, ThreadTransport, Transport
+
+__all__ = [
+    "Causal",
+    "ContiguousLayout",
+    "Counters",
+    "Full",
+    "Mask",
+    "Payload",
+    "Problem",
+    "ProcessGroupTransport",
+    "Route",
+    "Schedule",
+    "Span",
+    "Step",
+    "ThreadTransport",
+    "Tile",
+    "Transfer",
+    "Transport",
+    "build_schedule",
+    "dist_flash_attention",
+    "even_lengths",
+]
+
+_LAZY = {
+    "dist_flash_attention": "api",
+    "Counters": "counters",
+    "ProcessGroupTransport": "transport",
+    "ThreadTransport": "transport",
+    "Transport": "transport",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # schedules are planned, drawn and proved without torch; only running them imports it
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

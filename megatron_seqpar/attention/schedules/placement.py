@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a schedule builder returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..schedule import Placed, Transfer
+
+
+class Placement(NamedTuple):
+    """Placed tiles, and KV transfers `(step, transfer)` where ranks relay instead of direct sends."""
+
+    tiles: list[Placed]
+    relay: list[tuple[int, Transfer]] | None = None

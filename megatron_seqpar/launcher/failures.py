@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that are the user's to mend take a few lines, not a traceback from every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+
+from megatron_seqpar.errors import SeqParError
+
+TRACEBACK_VARIABLE = "SEQPAR_TRACEBACK"
+EXIT_GRACE_SECONDS = 15.0
+_LOST_PEER = re.compile(
+    r"connection closed by peer|connection reset|connection refused|broken pipe|"
+    r"application timeout|timed out waiting|socket timeout|store.*(closed|timeout)",
+    re.IGNORECASE,
+)
+
+
+def rank_prefix() -> str:
+    """'[rank 1/4]': this process and the number of processes."""
+    return f"[rank {os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}]"
+
+
+def say(text: str) -> None:
+    """Write `text` to stderr in one piece, so that ranks do not mix their lines."""
+    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, (text + "\n").encode())
+
+
+def explain(error: BaseException) -> str | None:
+    """One or two lines for an error that the user can mend; None where a traceback is needed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SeqParError):
+        return text
+    if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
+        return f"lost the connection to another rank, which has probably failed ({text[:200]})"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file: {error.filename}"
+    place = _raised_in_megatron(error)
+    if place is not None:
+        return f"{text or type(error).__name__} (Megatron, {place})"
+    return None
+
+
+def _raised_in_megatron(error: BaseException) -> str | None:
+    """Where Megatron's own check failed ('arguments.py:812'); None for any other error."""
+    kinds = (AssertionError, ValueError, RuntimeError, NotImplementedError, KeyError)
+    if not isinstance(error, kinds) or error.__traceback__ is None:
+        return None
+    last: TracebackType = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    file = last.tb_frame.f_code.co_filename
+    if "/megatron/" not in file.replace(os.sep, "/"):
+        return None
+    line = linecache.getline(file, last.tb_lineno).strip()
+    if not isinstance(error, AssertionError) and not line.startswith("raise"):
+        return None
+    return f"{os.path.basename(file)}:{last.tb_lineno}"
+
+
+def report(error: BaseException) -> None:
+    """Print this rank's block for `error` to stderr."""
+    short = explain(error)
+    if short is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        say(f"{rank_prefix()} error:\n{''.join(traceback.format_exception(error)).rstrip()}")
+    else:
+        hint = "" if isinstance(error, SeqParError) else f"\n    ({TRACEBACK_VARIABLE}=1 shows where)"
+        say(f"{rank_prefix()} error: {short}{hint}")
+
+
+def leave_within(seconds: float, code: int) -> None:
+    """End the process with `code` even if its threads or process groups keep it from leaving."""
+    timer = threading.Timer(seconds, os._exit, args=(code,))
+    timer.daemon = True
+    timer.start()
+
+
+@contextlib.contextmanager
+def reporting_failures() -> Iterator[None]:
+    """Report an error of the body and exit with status 1."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        report(error)
+        leave_within(EXIT_GRACE_SECONDS, 1)
+        raise SystemExit(1) from None

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When torchrun stops this process because another failed: say so and leave at once.
+
+A process that waits in a collective runs no Python signal handler until the collective returns,
+and torchrun would kill it after half a minute. Python's C-level handler writes the signal's number
+to a pipe at once; a thread reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from .failures import rank_prefix, say
+
+
+def _handler(number: int, frame: FrameType | None) -> None:
+    """Marks the signal as ours; the thread does the work."""
+
+
+def explain_stop() -> None:
+    """Watch for SIGTERM in this process (main thread only; elsewhere nothing is changed)."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, _handler)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, os.getpid()), daemon=True).start()
+
+
+def _watch(reader: int, process: int) -> None:
+    while data := os.read(reader, 64):
+        # a script that handles SIGTERM itself (Megatron's --exit-signal-handler) is left to do so
+        if signal.SIGTERM in data and signal.getsignal(signal.SIGTERM) is _handler:
+            if os.getpid() == process:
+                say(f"{rank_prefix()} stopped: another rank failed, or the run was cancelled")
+                os._exit(128 + signal.SIGTERM)

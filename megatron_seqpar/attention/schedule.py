@@ -47,6 +47,15 @@ class Payload(str, Enum):
 
 
 RETURNS = (Payload.OUT, Payload.DQ, Payload.DKV)
+# tensors of a payload, each one point-to-point message: (k, v), (q), (q, dout, [lse, delta]), (out, lse), ...
+PARTS = {
+    Payload.KV: 2,
+    Payload.Q: 1,
+    Payload.Q_GRAD: 3,
+    Payload.OUT: 2,
+    Payload.DQ: 1,
+    Payload.DKV: 2,
+}
 _ORDER = {payload: index for index, payload in enumerate(Payload)}
 
 
@@ -266,8 +275,8 @@ class Schedule:
         )
 
     def messages_sent(self, rank: int, direction: Direction | None = None) -> int:
-        """Transfers that `rank` sends in one pass (each is one point-to-point message)."""
-        return sum(1 for _ in self._pass(direction).transfers(rank))
+        """Point-to-point messages that `rank` sends in one pass: one for every tensor of a payload."""
+        return sum(PARTS[t.payload] for t in self._pass(direction).transfers(rank))
 
     def peak_received_bytes(self, rank: int, dtype: object = "bfloat16", *, batch: int = 1) -> int:
         """Most bytes of received payloads that `rank` holds at once in this pass."""

@@ -3,7 +3,8 @@
 
 Read in this order: `layouts` (which tokens a rank owns) -> `masks` (which pairs interact) ->
 `schedules/` (who computes which tile when) -> `schedule`, `assemble`, `verify` (the plan, its
-transfers, its proof; no torch up to here) -> `kernels/`, `transport`, `merge` -> `execute` -> `api`.
+transfers, its proof; no torch up to here) -> `kernels/`, `transport`, `merge` -> `execute` ->
+`api`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dist_flash_attention`: exact attention over a sequence that is split over ranks, differentiable."""
+"""`dist_flash_attention`: exact, differentiable attention over a split sequence."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def dist_flash_attention(
     """Attention of this rank's queries over the keys and values of all ranks of the group.
 
     Every rank of the group calls this with its own chunk of the sequence; the result equals
-    single-device attention on the whole sequence. Grouped-query and multi-query attention are native.
+    single-device attention on the whole sequence. Grouped-query and multi-query attention are
+    native.
 
     Args:
         q: `[b, s_local, h, dk]` (or as `tensor_layout` says), this rank's tokens.
@@ -89,10 +90,12 @@ def dist_flash_attention(
         tensor_layout: order of batch, token, head and head-dim dims of all tensors.
         kernel: "auto" or a backend's name (`kernels.names()`).
         deterministic: ask the kernel for bitwise repeatable gradients. Sums over ranks always are.
-        return_lse: also return the log-sum-exp, `[b, h, s_local]`, fp32 (fp64 for fp64 inputs), natural
+        return_lse: also return the log-sum-exp, `[b, h, s_local]`, fp32 (fp64 for fp64 inputs),
+            natural
             log; it carries no gradient.
         overlap: False waits for transfers before computing (slower; to measure what overlap gives).
-        seq_length: tokens of the whole sequence, when it is not `s_local * size`: chunks as even as can
+        seq_length: tokens of the whole sequence, when it is not `s_local * size`: chunks as even as
+            can
             be, the longer ones first.
         lengths: tokens of every rank, when chunks are split in another way.
         known: (out, lse) of the same call made before, to replay it without computing or sending.

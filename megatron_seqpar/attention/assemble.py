@@ -5,7 +5,8 @@ A builder only says which rank computes which tile at which step. What must move
 
 * an operand that the computing rank does not own is fetched one step before its first use, straight
   from its owner (unless the builder relays keys and values itself), and freed after its last use;
-* a result that belongs to another rank is summed up where it is computed and returned once, one step
+* a result that belongs to another rank is summed up where it is computed and returned once, one
+step
   after its last tile: (out, LSE) in the forward pass, dq and (dk, dv) in the backward pass.
 
 The backward plan therefore needs no rules of its own.
@@ -79,7 +80,9 @@ class _Assembly:
             self.tiles[p.rank, step].append(tile)
             if tile.q_owner != p.rank:
                 self._fetch(p.rank, q_payload, tile.q, tile.q_owner, step)
-                self._return(p.rank, Payload.OUT if forward else Payload.DQ, tile.q, tile.q_owner, step)
+                self._return(
+                    p.rank, Payload.OUT if forward else Payload.DQ, tile.q, tile.q_owner, step
+                )
             if tile.kv_owner != p.rank:
                 self._fetch(p.rank, Payload.KV, tile.kv, tile.kv_owner, step)
                 if not forward:

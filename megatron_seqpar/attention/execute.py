@@ -7,7 +7,8 @@ Note: what is in flight
     compute(t)   tiles, from local chunks and operands that arrived in earlier steps
     wait(t)      results that arrived are merged, operands are kept for step t+1
 
-Buffers are plain allocations: on CUDA the caching allocator orders their reuse on the compute stream,
+Buffers are plain allocations: on CUDA the caching allocator orders their reuse on the compute
+stream,
 and a buffer is dropped only after `wait` has put that stream behind its transfer.
 """
 
@@ -280,8 +281,10 @@ class _Backward(_Chunk):
 def output_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """A stand-in for the attention output: any tensor with rowsum(dout * it) == delta.
 
-    Backward kernels use the output only to form delta, so a Q-route sends delta (one number a row and
-    head) instead of the output. Among all such tensors this is the shortest, dout * delta / |dout|^2,
+    Backward kernels use the output only to form delta, so a Q-route sends delta (one number a row
+    and
+    head) instead of the output. Among all such tensors this is the shortest, dout * delta /
+    |dout|^2,
     never longer than the true output, so it rounds no worse in low precision.
 
     Args:

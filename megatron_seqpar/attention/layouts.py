@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token layouts: which tokens of the sequence each rank of the SP axis owns.
 
-Everything here counts in *global* token positions, `0 <= position < seq_length`, and needs no torch.
+Everything here counts in *global* token positions, `0 <= position < seq_length`, and needs no
+torch.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class ContiguousLayout:
     def __post_init__(self) -> None:
         short = [rank for rank, length in enumerate(self.lengths) if length < 1]
         if short or not self.lengths:
-            raise ScheduleError(f"lengths={self.lengths}: ranks {short} own no token; give each >= 1")
+            raise ScheduleError(
+                f"lengths={self.lengths}: ranks {short} own no token; give each >= 1"
+            )
 
     @classmethod
     def of(
@@ -89,7 +92,9 @@ class ContiguousLayout:
     def chunks(self) -> tuple[Span, ...]:
         """The chunk of each rank."""
         ends = tuple(accumulate(self.lengths))
-        return tuple(Span(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
+        return tuple(
+            Span(end - length, end) for end, length in zip(ends, self.lengths, strict=True)
+        )
 
     @cached_property
     def _owner_of_start(self) -> dict[int, int]:
@@ -99,7 +104,9 @@ class ContiguousLayout:
         """The rank that owns every token of `span`; `ScheduleError` if no single rank does."""
         rank = self._owner_of_start.get(span.start)
         if rank is None:
-            rank = next((r for r, c in enumerate(self.chunks) if c.start <= span.start < c.stop), -1)
+            rank = next(
+                (r for r, c in enumerate(self.chunks) if c.start <= span.start < c.stop), -1
+            )
         if rank < 0 or span.stop > self.chunks[rank].stop or span.size < 1:
             raise ScheduleError(f"tokens {span} are not owned by one rank of {self.lengths}")
         return rank

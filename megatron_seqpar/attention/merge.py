@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sum up partial results: outputs by their log-sum-exp, gradients plainly, both in fp32 (fp64 for fp64).
+"""Sum up partial results: outputs by their log-sum-exp, gradients plainly, both in fp32 (fp64: fp64).
 
 Low-precision partials are never added to one another in low precision: errors would grow with the
 number of ranks. A single partial that covers the whole range is kept as it came.
@@ -18,7 +18,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class OutputAccumulator:
     """Running attention output over disjoint sets of keys, for one range of queries.
 
-    Shapes: out `[b, s, h, dv]`, lse `[b, h, s]` (natural log, fp32 or fp64). A query that has seen no
+    Shapes: out `[b, s, h, dv]`, lse `[b, h, s]` (natural log, fp32 or fp64). A query that has seen
+    no
     key has lse -inf and output 0.
     """
 
@@ -55,7 +56,8 @@ class OutputAccumulator:
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out in the input dtype, lse)."""
-        assert self.out is not None and self.lse is not None, "no tile was computed for this range"
+        assert self.out is not None, "no tile was computed for this range"
+        assert self.lse is not None
         return self.out.to(self.dtype), self.lse
 
 

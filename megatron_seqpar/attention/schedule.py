@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import Literal
 
@@ -35,7 +35,7 @@ Direction = Literal["forward", "backward"]
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Payload(str, Enum):
+class Payload(StrEnum):
     """What a transfer carries for its token range; the order here is the order within one step."""
 
     KV = "kv"  # keys and values, to the owner of the queries
@@ -47,7 +47,8 @@ class Payload(str, Enum):
 
 
 RETURNS = (Payload.OUT, Payload.DQ, Payload.DKV)
-# tensors of a payload, each one point-to-point message: (k, v), (q), (q, dout, [lse, delta]), (out, lse), ...
+# tensors of a payload, each one point-to-point message: (k, v), (q), (q, dout, [lse, delta]),
+# (out, lse), ...
 PARTS = {
     Payload.KV: 2,
     Payload.Q: 1,
@@ -59,7 +60,7 @@ PARTS = {
 _ORDER = {payload: index for index, payload in enumerate(Payload)}
 
 
-class Route(str, Enum):
+class Route(StrEnum):
     """Where the two operands of a tile come from, seen from the rank that computes it."""
 
     LOCAL = "local"
@@ -131,7 +132,8 @@ class Problem:
     Attributes:
         layout: which tokens each rank owns.
         mask: which pairs interact.
-        query_heads, kv_heads: per rank of the SP axis (after any TP split); query_heads is a multiple
+        query_heads, kv_heads: per rank of the SP axis (after any TP split); query_heads is a
+            multiple
             of kv_heads (GQA); kv_heads == query_heads is MHA, kv_heads == 1 is MQA.
         head_dim: of queries and keys. value_dim: of values and outputs.
     """
@@ -153,7 +155,7 @@ class Problem:
             )
 
     def payload_bytes(self, payload: Payload, tokens: int, item_size: int) -> int:
-        """Bytes of a payload for `tokens` tokens of one sample; LSE and delta are fp32 (fp64 for fp64)."""
+        """Bytes of a payload for `tokens` tokens of one sample; LSE and delta in fp32 (fp64: fp64)."""
         stat = 8 if item_size == 8 else 4
         q, out = self.query_heads * self.head_dim, self.query_heads * self.value_dim
         kv = self.kv_heads * (self.head_dim + self.value_dim)
@@ -182,7 +184,8 @@ class Placed:
 class Schedule:
     """A complete plan for one attention call over the SP axis, forward or backward.
 
-    Build one with `build_schedule`; `backward()` derives the backward plan from the same placed tiles.
+    Build one with `build_schedule`; `backward()` derives the backward plan from the same placed
+    tiles.
 
     Attributes:
         name: the builder's name.
@@ -217,10 +220,12 @@ class Schedule:
     def _backward(self) -> Schedule:
         from .assemble import assemble
 
-        return assemble(self.name, self.problem, self.placed, relay=self.relay, direction="backward")
+        return assemble(
+            self.name, self.problem, self.placed, relay=self.relay, direction="backward"
+        )
 
     def verify(self) -> bool:
-        """Prove the plan right (see `verify.py`): True, or `ScheduleError` that says what is wrong."""
+        """Prove the plan right (see `verify.py`): True, or `ScheduleError` that says why not."""
         from .verify import verify
 
         return verify(self)
@@ -238,7 +243,7 @@ class Schedule:
 
     @property
     def critical_work(self) -> int:
-        """Pairs on the critical path if all ranks go step by step together: sum of each step's maximum."""
+        """Pairs on the critical path when ranks go step by step: the sum of each step's maximum."""
         return sum(
             max(sum(tile.pairs for tile in step.tiles) for step in together)
             for together in zip(*self.plan, strict=True)
@@ -259,7 +264,12 @@ class Schedule:
             yield from step.sends
 
     def bytes_sent(
-        self, rank: int, direction: Direction | None = None, dtype: object = "bfloat16", *, batch: int = 1
+        self,
+        rank: int,
+        direction: Direction | None = None,
+        dtype: object = "bfloat16",
+        *,
+        batch: int = 1,
     ) -> int:
         """Bytes that `rank` sends in one pass.
 
@@ -275,7 +285,7 @@ class Schedule:
         )
 
     def messages_sent(self, rank: int, direction: Direction | None = None) -> int:
-        """Point-to-point messages that `rank` sends in one pass: one for every tensor of a payload."""
+        """Point-to-point messages that `rank` sends in one pass: one a tensor of a payload."""
         return sum(PARTS[t.payload] for t in self._pass(direction).transfers(rank))
 
     def peak_received_bytes(self, rank: int, dtype: object = "bfloat16", *, batch: int = 1) -> int:

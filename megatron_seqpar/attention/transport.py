@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transports: how the messages of one step reach their peers.
 
-One call, `exchange`, posts all sends and receives of a step and returns at once; the handle's `wait`
-makes the receives usable. There are no tags: two ranks post their messages to each other in one agreed
+One call, `exchange`, posts all sends and receives of a step and returns at once; the handle's
+`wait`
+makes the receives usable. There are no tags: two ranks post their messages to each other in one
+agreed
 order (`verify` proves it). Ranks here are always *group* ranks.
 
 * `ProcessGroupTransport`: torch.distributed (NCCL, gloo), grouped point-to-point calls only. Lone
@@ -40,7 +42,7 @@ class Pending(Protocol):
     """Transfers under way."""
 
     def wait(self) -> None:
-        """Return when the receives may be used by work issued from now on (on CUDA: stream order)."""
+        """Return when the receives may be used by work issued from now on (CUDA: stream order)."""
 
 
 class Transport(Protocol):
@@ -135,7 +137,7 @@ class _Letters:
             letter = self.room.take(m.peer, self.rank)
             if letter.shape != m.tensor.shape or letter.dtype != m.tensor.dtype:
                 raise SeqParError(
-                    f"rank {self.rank} expects {m.kind} {tuple(m.tensor.shape)} from rank {m.peer}, "
+                    f"rank {self.rank} expects {m.kind} {tuple(m.tensor.shape)} from {m.peer}, "
                     f"got {tuple(letter.shape)}"
                 )
             m.tensor.copy_(letter)

@@ -2,9 +2,12 @@
 """Proof that a schedule is right, from its plan alone: nothing here trusts how the plan was made.
 
 Proved, for one pass: every interacting (query, key) pair is computed exactly once; every operand is
-on the rank that uses or sends it when it does; every result that belongs to another rank is returned
-exactly once, after its last tile; every send has its receive, in the same order per pair of ranks (the
-transports have no tags); the steps run to their end without deadlock when neither sends nor receives
+on the rank that uses or sends it when it does; every result that belongs to another rank is
+returned
+exactly once, after its last tile; every send has its receive, in the same order per pair of ranks
+(the
+transports have no tags); the steps run to their end without deadlock when neither sends nor
+receives
 are buffered; received operands are freed, and never more than two steps' worth are held.
 """
 
@@ -31,7 +34,9 @@ def verify(schedule: Schedule) -> bool:
     """
     lengths = {len(steps) for steps in schedule.plan}
     if len(schedule.plan) != schedule.size or len(lengths) != 1:
-        raise ScheduleError(f"plan for {len(schedule.plan)} ranks with {lengths} steps is malformed")
+        raise ScheduleError(
+            f"plan for {len(schedule.plan)} ranks with {lengths} steps is malformed"
+        )
     _check_tiles(schedule)
     _check_coverage(schedule)
     _check_matching(schedule)
@@ -54,7 +59,9 @@ def _check_tiles(schedule: Schedule) -> None:
     mask, layout = schedule.problem.mask, schedule.problem.layout
     for rank, tile in _tiles(schedule):
         if tile.pairs != mask.pairs(tile.q, tile.kv) or tile.kind is not mask.kind(tile.q, tile.kv):
-            raise ScheduleError(f"rank {rank}: tile {tile} does not say what mask {mask.name!r} says")
+            raise ScheduleError(
+                f"rank {rank}: tile {tile} does not say what mask {mask.name!r} says"
+            )
         if (layout.owner(tile.q), layout.owner(tile.kv)) != (tile.q_owner, tile.kv_owner):
             raise ScheduleError(f"rank {rank}: tile {tile} names the wrong owners")
 
@@ -95,7 +102,9 @@ def _check_matching(schedule: Schedule) -> None:
                 sent[t.src, t.dst].append(t)
             for t in step.receives:
                 if t.dst != rank or not 0 <= t.src < schedule.size or t.src == rank:
-                    raise ScheduleError(f"rank {rank}: receive {t} is not one of its own from a peer")
+                    raise ScheduleError(
+                        f"rank {rank}: receive {t} is not one of its own from a peer"
+                    )
                 received[t.src, t.dst].append(t)
     for pair in sent.keys() | received.keys():
         sends, receives = sent.get(pair, []), received.get(pair, [])
@@ -107,11 +116,13 @@ def _check_matching(schedule: Schedule) -> None:
         if unmatched:
             side = "send has no receive" if missing[unmatched[0]] > 0 else "receive has no send"
             raise ScheduleError(f"a {side}: {unmatched[0]}")
-        raise ScheduleError(f"ranks {pair[0]} and {pair[1]} post their transfers in different orders")
+        raise ScheduleError(
+            f"ranks {pair[0]} and {pair[1]} post their transfers in different orders"
+        )
 
 
 def _check_deadlock(schedule: Schedule) -> None:
-    """Run the steps: a rank passes a step when every peer has posted the other end of its transfers."""
+    """Run the steps: a rank passes one when its peers posted the other ends of its transfers."""
     size, count = schedule.size, len(schedule.plan[0])
     # per pair of ranks: how many sends (receives) have been posted so far
     posted_sends: Counter[tuple[int, int]] = Counter()
@@ -175,7 +186,9 @@ class _RankCheck:
                         raise ScheduleError(f"{where}: {t} arrives while it is still held")
                     self.held.add((t.payload, t.span))
                 elif self.layout.owner(t.span) != self.rank:
-                    raise ScheduleError(f"{where}: {t} returns a result to a rank that does not own it")
+                    raise ScheduleError(
+                        f"{where}: {t} returns a result to a rank that does not own it"
+                    )
             peak = max(peak, len(self.held))
             for key in step.frees:
                 if key not in self.held:
@@ -188,7 +201,9 @@ class _RankCheck:
             raise ScheduleError(f"rank {self.rank} never frees {sorted(self.held)[0]}")
         bound = 2 * max(1, max(self._remote_operands(s) for s in self.schedule.steps(self.rank)))
         if peak > bound:
-            raise ScheduleError(f"rank {self.rank} holds {peak} received operands at once, over {bound}")
+            raise ScheduleError(
+                f"rank {self.rank} holds {peak} received operands at once, over {bound}"
+            )
 
     def _remote_operands(self, step: Step) -> int:
         q = {tile.q for tile in step.tiles if tile.q_owner != self.rank}
@@ -203,10 +218,14 @@ class _RankCheck:
             if owner == self.rank:
                 continue
             if (payload, span) not in self.held:
-                raise ScheduleError(f"{where}: computes on {payload.value} {span} before it arrived")
+                raise ScheduleError(
+                    f"{where}: computes on {payload.value} {span} before it arrived"
+                )
             if result is not None:
                 if self.owed.get((result, span, owner)):
-                    raise ScheduleError(f"{where}: {result.value} {span} was returned before this tile")
+                    raise ScheduleError(
+                        f"{where}: {result.value} {span} was returned before this tile"
+                    )
                 self.owed[result, span, owner] = False
 
     def _check_sends(self, step: Step, where: str) -> None:
@@ -214,7 +233,9 @@ class _RankCheck:
             if t.payload in RETURNS:
                 key = t.payload, t.span, t.dst
                 if self.owed.get(key) is not False:
-                    raise ScheduleError(f"{where}: {t} returns what is not computed or already sent")
+                    raise ScheduleError(
+                        f"{where}: {t} returns what is not computed or already sent"
+                    )
                 self.owed[key] = True
             elif (t.payload, t.span) not in self.held and self.layout.owner(t.span) != self.rank:
                 raise ScheduleError(f"{where}: {t} sends what this rank does not have")

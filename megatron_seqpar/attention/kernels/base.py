@@ -88,7 +88,8 @@ class KernelRecord:
         if max(head_dim, value_dim) > self.max_head_dim:
             return f"serves head dims to {self.max_head_dim}, not {max(head_dim, value_dim)}"
         if head_dim % self.head_dim_multiple or value_dim % self.head_dim_multiple:
-            return f"needs head dims divisible by {self.head_dim_multiple}, not {head_dim}/{value_dim}"
+            multiple = self.head_dim_multiple
+            return f"needs head dims divisible by {multiple}, not {head_dim}/{value_dim}"
         if head_dim != value_dim and not self.value_dim_differs:
             return f"needs equal head dims for keys and values, not {head_dim}/{value_dim}"
         if deterministic and not self.deterministic:

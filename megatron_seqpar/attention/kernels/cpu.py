@@ -27,7 +27,7 @@ class CpuFlashAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: TileCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _forward(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, call.causal, scale=call.scale
+            *(t.transpose(1, 2) for t in (q, k, v)), 0.0, call.causal, scale=call.scale
         )
         return out.transpose(1, 2), lse
 

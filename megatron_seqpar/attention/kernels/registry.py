@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of kernel backends, and the choice among them.
 
-An explicit choice that cannot serve the call raises and says what can; "auto" takes the first record
+An explicit choice that cannot serve the call raises and says what can; "auto" takes the first
+record
 of the table that is installed and serves the call, and logs which one.
 """
 
@@ -89,7 +90,8 @@ def _select(
         if r.refuses(device, dtype, head_dim, value_dim, deterministic) is None
         and unavailable(r) is None
     ]  # fmt: skip
-    raise KernelError(f"kernel={name!r} {reasons[0].partition(': ')[2]}; use one of auto, {', '.join(usable)}")
+    reason = reasons[0].partition(": ")[2]
+    raise KernelError(f"kernel={name!r} {reason}; use one of {', '.join(('auto', *usable))}")
 
 
 def select(

@@ -49,11 +49,13 @@ def build_schedule(
         seq_length: tokens of the whole sequence, split as evenly as can be; or
         lengths: tokens of each rank.
         mask: which pairs interact.
-        query_heads, kv_heads, head_dim, value_dim: as in `Problem`; kv_heads defaults to query_heads,
+        query_heads, kv_heads, head_dim, value_dim: as in `Problem`; kv_heads defaults to
+            query_heads,
             value_dim to head_dim. They only count for bytes and for "auto".
 
     Raises:
-        ScheduleError: unknown name, sizes that cannot be split, or a mask the builder does not serve.
+        ScheduleError: unknown name, sizes that cannot be split, or a mask the builder does not
+        serve.
     """
     problem = Problem(
         layout=ContiguousLayout.of(size, seq_length=seq_length, lengths=lengths),

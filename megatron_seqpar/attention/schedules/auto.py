@@ -20,6 +20,7 @@ def choose(candidates: Iterable[Schedule]) -> Schedule:
 def _cost(schedule: Schedule) -> tuple[int, int]:
     ranks = range(schedule.size)
     busiest = max(
-        schedule.bytes_sent(rank, "forward") + schedule.bytes_sent(rank, "backward") for rank in ranks
+        schedule.bytes_sent(rank, "forward") + schedule.bytes_sent(rank, "backward")
+        for rank in ranks
     )
     return schedule.critical_work, busiest

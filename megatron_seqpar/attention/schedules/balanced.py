@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`balanced`: contiguous chunks, no rank ever idle (LightSeq / DISTFLASHATTN, arXiv 2310.03294, 3.2).
+"""`balanced`: contiguous chunks, no rank ever idle (DISTFLASHATTN, arXiv 2310.03294, section 3).
 
 Under a causal mask query chunk i meets the key/value chunks j <= i, so later ranks own more tiles.
-Step 0 is everyone's diagonal. At step t a rank r >= t computes its own tile (r, r-t) on the keys and
-values of r-t; the ranks r < t, which have no tile left at that distance, compute (P+r-t, r) for rank
+Step 0 is everyone's diagonal. At step t a rank r >= t computes its own tile (r, r-t) on the keys
+and
+values of r-t; the ranks r < t, which have no tile left at that distance, compute (P+r-t, r) for
+rank
 P+r-t: they receive its queries, use their own keys and values, and return the partial output.
 
     P = 5          kv 0    1    2    3    4         a letter pair is "step:rank that computes"
       q 0        0:0
       q 1        1:1  0:1
       q 2        2:2  1:2  0:2
-      q 3        2:0  2:3  1:3  0:3                 (3,0) has distance 3 = P-2: helped by rank 0, step 2
-      q 4        1:0  2:1  2:4  1:4  0:4            (4,0) has distance 4 = P-1: helped by rank 0, step 1
+      q 3        2:0  2:3  1:3  0:3                 (3,0) has distance 3 = P-2: helped by rank 0,
+      step 2
+      q 4        1:0  2:1  2:4  1:4  0:4            (4,0) has distance 4 = P-1: helped by rank 0,
+      step 1
 
 For odd P that is all: (P-1)/2 steps of one tile a rank, after the diagonal. For even P the tiles at
 distance P/2 remain, P/2 of them for P ranks. The paper lets half the ranks idle then (efficiency

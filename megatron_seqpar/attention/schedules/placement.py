@@ -9,7 +9,7 @@ from ..schedule import Placed, Transfer
 
 
 class Placement(NamedTuple):
-    """Placed tiles, and KV transfers `(step, transfer)` where ranks relay instead of direct sends."""
+    """Placed tiles, and KV transfers `(step, transfer)` where ranks relay."""
 
     tiles: list[Placed]
     relay: list[tuple[int, Transfer]] | None = None

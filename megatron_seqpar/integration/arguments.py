@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our flags on Megatron's own command line.
+
+Both supported versions look `add_megatron_arguments` up when they parse, so wrapping it adds the
+flags, and wrapping the parser's `parse_known_args` sees every namespace first: there the SP size
+is folded into `context_parallel_size` and unsupported combinations are refused. `validate_args`
+runs after values from a checkpoint or a preset may have changed the namespace, so the refusals
+run again around it. Nothing but plain types is stored: Megatron pickles the namespace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_seqpar import config as settings
+from megatron_seqpar.config import SeqParConfig
+from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.integration import lengths, refusals, state
+
+_FOLDED = "seqpar_folded"
+"""Marks a namespace whose `context_parallel_size` is ours and not the user's."""
+
+
+def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `training.arguments.add_megatron_arguments`."""
+
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        settings.add_arguments(parser, state.config())
+        parse_known_args = parser.parse_known_args
+
+        def parse_then_fold(
+            args: Sequence[str] | None = None, namespace: Any = None
+        ) -> tuple[argparse.Namespace, list[str]]:
+            parsed, rest = parse_known_args(args, namespace)
+            fold(parsed)
+            return parsed, rest
+
+        # argparse's parse_args calls parse_known_args, so this one override serves both.
+        parser.parse_known_args = parse_then_fold  # type: ignore[method-assign, assignment]
+        return parser
+
+    return add_megatron_arguments
+
+
+def fold(args: Any) -> None:
+    """Take our settings from a parsed namespace into force and fold the axis into it, in place.
+
+    Raises `UnsupportedError` for every combination that cannot be served and is known by now.
+    """
+    if getattr(args, _FOLDED, False):
+        return
+    config = settings.from_namespace(args)
+    check_names(config)
+    state.set_config(config)
+    if config.active:
+        refusals.refuse(args, context(config), refusals.ARGUMENTS)
+        lengths.check_world_size(
+            int(os.environ.get("WORLD_SIZE", "1")),
+            config.sequence_parallel_size,
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+        )
+        args.context_parallel_size = config.sequence_parallel_size
+        if hasattr(args, "create_attention_mask_in_dataloader"):
+            # The mask is causal; materialising s x s booleans to say so would be the largest
+            # tensor of a long-context run.
+            args.create_attention_mask_in_dataloader = False
+    setattr(args, _FOLDED, True)
+    if config.report is not None:
+        from megatron_seqpar.integration import report
+
+        report.install(config)
+
+
+def context(config: SeqParConfig) -> str:
+    """How refusals name what turned our attention on."""
+    if config.active:
+        return f"--sequence-parallel-size {config.sequence_parallel_size}"
+    return f"--seqpar-kernel {config.kernel}"
+
+
+def check_names(config: SeqParConfig) -> None:
+    """Refuse an unknown kernel name. Raises `UnsupportedError` with the known ones."""
+    from megatron_seqpar.attention import kernels
+
+    known = ("auto", *kernels.names())
+    if config.kernel not in dict.fromkeys(known):
+        raise UnsupportedError(
+            f"--seqpar-kernel {config.kernel}: unknown kernel. Use one of: "
+            f"{', '.join(dict.fromkeys(known))}."
+        )
+
+
+def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `training.arguments.validate_args`."""
+
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        config = state.config()
+        if not config.active:
+            if config.replaces_core_attention:
+                refusals.refuse(args, context(config), refusals.CONFIG)
+            return original(args, *rest, **kwargs)
+        _refuse_late(args, config)
+        result = _validate_without_pairing(original, args, rest, kwargs, config)
+        _refuse_late(args, config)
+        return result
+
+    return validate_args
+
+
+def _refuse_late(args: Any, config: SeqParConfig) -> None:
+    """The refusals that can only be judged when the namespace is complete."""
+    # Our own fold must not be mistaken for the user's context parallelism.
+    own = config.sequence_parallel_size
+    if args.context_parallel_size != own:
+        raise UnsupportedError(
+            f"--context-parallel-size {args.context_parallel_size} with {context(config)}: "
+            "something changed the size after the command line was parsed."
+        )
+    table = [row for row in refusals.REFUSALS if row.attribute != "context_parallel_size"]
+    refusals.refuse(args, context(config), refusals.ARGUMENTS, table=table)
+    length = lengths.sequence_length(args)
+    if length is not None:
+        split = args.tensor_model_parallel_size if args.sequence_parallel else 1
+        lengths.check_sequence_length(length, own, split)
+
+
+def _validate_without_pairing(
+    original: Callable[..., Any], args: Any, rest: Any, kwargs: Any, config: SeqParConfig
+) -> Any:
+    """Run stock validation without its demand that each rank hold a pair of chunks.
+
+    Stock code wants the length divisible by 2 P. A length divisible by P alone is shown to it
+    rounded down to a multiple of 2 P (P tokens less) and restored afterwards; the one other
+    check on the length, against the position table, is repeated here with the true value.
+    """
+    length, size = args.seq_length, config.sequence_parallel_size
+    if length is None or length % (2 * size) == 0:
+        return original(args, *rest, **kwargs)
+    shown = length - size
+    args.seq_length = shown
+    try:
+        result = original(args, *rest, **kwargs)
+    finally:
+        args.seq_length = length
+    if args.encoder_seq_length == shown:
+        args.encoder_seq_length = length
+    if args.max_position_embeddings < length:
+        raise UnsupportedError(
+            f"--max-position-embeddings {args.max_position_embeddings} with --seq-length "
+            f"{length}: there must be a position for every token."
+        )
+    return result

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SP axis in `megatron.core.parallel_state`.
+
+The axis takes stock context parallelism's place: Megatron is initialised with
+`context_parallel_size` equal to the SP size, so gradient reduction, the distributed optimizer,
+loss reductions, checkpoint replica ids and pipeline shapes are right without a patch. On top of
+it the axis has a communicator of its own over the same ranks. Attention's point-to-point traffic
+is in flight while other collectives of the context-parallel group may run, and two kinds of
+traffic on one communicator would have to be issued in one order everywhere.
+
+`parallel_state` gains `get_sequence_parallel_group`, `get_sequence_parallel_world_size`,
+`get_sequence_parallel_rank` and `get_sequence_parallel_global_ranks`, and
+`ProcessGroupCollection.use_mpu_process_groups()` returns collections with `.sp`. "Rank" alone
+never appears here: it is a group rank (position on the axis) or a global rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_seqpar.errors import SeqParError, UnsupportedError
+from megatron_seqpar.integration import state
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The SP axis of this process.
+
+    group: communicator over the axis; the stock context-parallel group itself when size is 1.
+    global_ranks: global rank of every group rank, in order of token ownership.
+    rank: this process's group rank.
+    transport: the one transport that every attention layer of this process sends through, so
+        that its counters cover the whole step; None when size is 1.
+    """
+
+    group: dist.ProcessGroup
+    global_ranks: tuple[int, ...]
+    rank: int
+    transport: Any
+
+    @property
+    def size(self) -> int:
+        """Number of ranks on the axis."""
+        return len(self.global_ranks)
+
+
+_axis: Axis | None = None
+
+
+def current() -> Axis:
+    """The axis of this process. Raises `SeqParError` before Megatron made its groups."""
+    if _axis is None:
+        raise SeqParError(
+            "the sequence-parallel axis is not initialised: call "
+            "megatron.core.parallel_state.initialize_model_parallel after "
+            "megatron_seqpar.integration.install()"
+        )
+    return _axis
+
+
+def initialized() -> bool:
+    """Whether the axis exists."""
+    return _axis is not None
+
+
+def get_sequence_parallel_group(check_initialized: bool = True) -> dist.ProcessGroup | None:
+    """The SP group that this process belongs to."""
+    if _axis is None and not check_initialized:
+        return None
+    return current().group
+
+
+def get_sequence_parallel_world_size() -> int:
+    """Number of ranks of this process's SP group."""
+    return current().size
+
+
+def get_sequence_parallel_rank() -> int:
+    """This process's group rank on the SP axis, equal to the index of its token chunk."""
+    return current().rank
+
+
+def get_sequence_parallel_global_ranks(check_initialized: bool = True) -> list[int] | None:
+    """Global ranks of this process's SP group, in order of token ownership."""
+    if _axis is None and not check_initialized:
+        return None
+    return list(current().global_ranks)
+
+
+GETTERS: tuple[Callable[..., Any], ...] = (
+    get_sequence_parallel_group,
+    get_sequence_parallel_world_size,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_global_ranks,
+)
+
+
+def register_getters() -> None:
+    """Add the getters to `megatron.core.parallel_state`."""
+    from megatron.core import parallel_state
+
+    for getter in GETTERS:
+        setattr(parallel_state, getter.__name__, getter)
+
+
+def remove_getters() -> None:
+    """Take the getters away and forget the axis."""
+    from megatron.core import parallel_state
+
+    reset()
+    for getter in GETTERS:
+        if getattr(parallel_state, getter.__name__, None) is getter:
+            delattr(parallel_state, getter.__name__)
+
+
+def build(timeout_minutes: float) -> Axis:
+    """Make the axis over the ranks of Megatron's context-parallel group.
+
+    Every member of the group calls this; other groups do the same at the same time and need not
+    be waited for. The communicator is warmed with one reduction, because a communicator that
+    first comes to life inside a pipeline stage's point-to-point call can deadlock.
+    """
+    global _axis
+    from megatron.core import parallel_state
+
+    cp_group = parallel_state.get_context_parallel_group()
+    global_ranks = tuple(dist.get_process_group_ranks(cp_group))
+    size = len(global_ranks)
+    if not state.active():
+        # One rank, or stock context parallelism that the user runs without our axis.
+        _axis = Axis(cp_group, global_ranks, dist.get_rank(cp_group), transport=None)
+        return _axis
+    if size != state.config().sequence_parallel_size:
+        raise UnsupportedError(
+            f"--sequence-parallel-size {state.config().sequence_parallel_size}: the "
+            f"context-parallel group has {size} ranks; initialise Megatron with "
+            "context_parallel_size equal to the sequence-parallel size."
+        )
+    group = parallel_state.create_group(
+        list(global_ranks),
+        timeout=timedelta(minutes=timeout_minutes),
+        use_local_synchronization=True,
+        group_desc="SEQUENCE_PARALLEL_GROUP",
+    )
+    warm = torch.zeros(1, device=_communication_device(group))
+    dist.all_reduce(warm, group=group)
+    from megatron_seqpar.attention.transport import ProcessGroupTransport
+
+    _axis = Axis(group, global_ranks, dist.get_rank(group), ProcessGroupTransport(group))
+    return _axis
+
+
+def _communication_device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must live to travel through `group`."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def reset() -> None:
+    """Forget the axis; its communicator goes with Megatron's own at process exit."""
+    global _axis
+    _axis = None
+
+
+def wrap_initialize_model_parallel(original: Callable[..., None]) -> Callable[..., None]:
+    """Patch for `parallel_state.initialize_model_parallel`: fold the size in, then add the axis."""
+    signature = inspect.signature(original)
+
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if state.active():
+            size = state.config().sequence_parallel_size
+            asked = bound.arguments["context_parallel_size"]
+            if asked not in (1, size):
+                raise UnsupportedError(
+                    f"--context-parallel-size {asked} with --sequence-parallel-size {size}: the "
+                    "sequence-parallel axis takes context parallelism's place; drop "
+                    "--context-parallel-size."
+                )
+            bound.arguments["context_parallel_size"] = size
+        original(*bound.args, **bound.kwargs)
+        build(bound.arguments["distributed_timeout_minutes"])
+
+    initialize_model_parallel.__doc__ = original.__doc__
+    return initialize_model_parallel
+
+
+def wrap_destroy_model_parallel(original: Callable[[], None]) -> Callable[[], None]:
+    """Patch for `parallel_state.destroy_model_parallel`: forget the axis as well."""
+
+    def destroy_model_parallel() -> None:
+        reset()
+        original()
+
+    destroy_model_parallel.__doc__ = original.__doc__
+    return destroy_model_parallel
+
+
+def wrap_use_mpu_process_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `ProcessGroupCollection.use_mpu_process_groups`: set `.sp` on the collection."""
+
+    def use_mpu_process_groups(cls: type, required_pgs: list[str] | None = None) -> Any:
+        if required_pgs is not None:
+            required_pgs = [name for name in required_pgs if name != "sp"]
+        collection = original(required_pgs)
+        if _axis is not None:
+            collection.sp = _axis.group
+        return collection
+
+    use_mpu_process_groups.__doc__ = original.__doc__
+    return use_mpu_process_groups
+
+
+def require_matching(pg_collection: Any) -> Axis:
+    """The axis, after checking that a model's groups belong to it.
+
+    pg_collection: the collection a layer was built with, or None.
+    Raises `UnsupportedError` when the collection splits the sequence over other ranks.
+    """
+    axis = current()
+    cp_group = getattr(pg_collection, "cp", None) if pg_collection is not None else None
+    if cp_group is not None:
+        ranks = tuple(dist.get_process_group_ranks(cp_group))
+        if ranks != axis.global_ranks:
+            raise UnsupportedError(
+                f"pg_collection.cp {list(ranks)}: a model whose context-parallel group is not "
+                f"the sequence-parallel axis {list(axis.global_ranks)} of this process cannot "
+                "use it; build the model with the default process groups."
+            )
+    return axis

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of every symbol of Megatron that the plugin replaces.
+
+The documentation's table of patch points is generated from this one, and a test compares them.
+"""
+
+from __future__ import annotations
+
+from megatron_seqpar.integration import arguments, axis, batch, loss, mamba, roll, rotary, spec
+from megatron_seqpar.integration.patching import PatchPoint
+
+_ALL = ("0.16", "0.19")
+_OLD = ("0.16",)
+_NEW = ("0.19",)
+
+PATCH_POINTS: tuple[PatchPoint, ...] = (
+    PatchPoint(
+        "megatron.training.arguments.add_megatron_arguments",
+        arguments.wrap_add_megatron_arguments,
+        _ALL,
+        "adds the flags; folds the axis into context_parallel_size; refuses what is unsupported",
+        optional=True,
+    ),
+    PatchPoint(
+        "megatron.training.arguments.validate_args",
+        arguments.wrap_validate_args,
+        _ALL,
+        "repeats the refusals once the arguments are complete; lifts the demand for a length "
+        "divisible by twice the size",
+        optional=True,
+    ),
+    PatchPoint(
+        "megatron.core.parallel_state.initialize_model_parallel",
+        axis.wrap_initialize_model_parallel,
+        _ALL,
+        "adds the axis and its communicator",
+    ),
+    PatchPoint(
+        "megatron.core.parallel_state.destroy_model_parallel",
+        axis.wrap_destroy_model_parallel,
+        _ALL,
+        "forgets the axis with the other groups",
+    ),
+    PatchPoint(
+        "megatron.core.process_groups_config.ProcessGroupCollection.use_mpu_process_groups",
+        axis.wrap_use_mpu_process_groups,
+        _ALL,
+        "collections carry the axis as .sp",
+    ),
+    PatchPoint(
+        "megatron.core.utils._get_batch_on_this_cp_rank_per_sequence_balancing",
+        batch.wrap_per_sequence,
+        _NEW,
+        "contiguous tokens instead of paired chunks",
+    ),
+    PatchPoint(
+        "megatron.core.utils._get_batch_on_this_cp_rank_per_document_balancing",
+        batch.wrap_per_document,
+        _NEW,
+        "refuses packed batches",
+    ),
+    PatchPoint(
+        "megatron.core.utils.get_batch_on_this_cp_rank",
+        batch.wrap_single_function,
+        _OLD,
+        "contiguous tokens instead of paired chunks",
+    ),
+    PatchPoint(
+        "megatron.core.models.common.embeddings.rope_utils.get_pos_emb_on_this_cp_rank",
+        rotary.wrap_get_pos_emb_on_this_cp_rank,
+        _ALL,
+        "rotary positions of contiguous tokens, on any device",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.multi_token_prediction.roll_tensor",
+        roll.wrap_roll_tensor,
+        _ALL,
+        "the first token of a chunk goes to the previous rank; tokens counted over the axis",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.multi_token_prediction.process_mtp_loss",
+        roll.wrap_process_mtp_loss,
+        _NEW,
+        "the MTP loss is averaged over all tokens of the axis",
+    ),
+    PatchPoint(
+        "megatron.core.ssm.mamba_context_parallel._undo_attention_load_balancing",
+        mamba.wrap_load_balancing,
+        _ALL,
+        "contiguous tokens are in order already",
+    ),
+    PatchPoint(
+        "megatron.core.ssm.mamba_context_parallel._redo_attention_load_balancing",
+        mamba.wrap_load_balancing,
+        _ALL,
+        "contiguous tokens stay in order",
+    ),
+    PatchPoint(
+        "megatron.core.pipeline_parallel.schedules.forward_step_calc_loss",
+        loss.wrap_forward_step_calc_loss,
+        _ALL,
+        "the loss is averaged over all tokens of the axis, not over ranks",
+    ),
+    PatchPoint(
+        "megatron.core.models.gpt.gpt_model.GPTModel.__init__",
+        spec.wrap_gpt_model_init,
+        _ALL,
+        "puts our core attention into the layer specs and audits the built model",
+    ),
+    PatchPoint(
+        "megatron.core.models.hybrid.hybrid_model.HybridModel.__init__",
+        spec.wrap_hybrid_model_init,
+        _NEW,
+        "puts our core attention into the stack spec and audits the built model",
+    ),
+    PatchPoint(
+        "megatron.core.models.mamba.mamba_model.MambaModel.__init__",
+        spec.wrap_mamba_model_init,
+        _OLD,
+        "puts our core attention into the stack spec and audits the built model",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",
+        spec.wrap_stock_attention_init,
+        _ALL,
+        "refuses a stock core attention while the axis is active",
+    ),
+    PatchPoint(
+        "megatron.core.extensions.transformer_engine.TEDotProductAttention.__init__",
+        spec.wrap_stock_attention_init,
+        _ALL,
+        "refuses a stock core attention while the axis is active",
+        optional=True,
+    ),
+)

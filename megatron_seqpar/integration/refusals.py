@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not go together with the SP axis, as one table.
+
+Every row names the flag, when it applies, why it cannot be served and what to use instead. Rows
+look at attribute names that Megatron's argument namespace and its `TransformerConfig` share, so
+the same row refuses a command line before the first step and a hand-built model at construction.
+An attribute that the running version does not have never applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_seqpar.errors import UnsupportedError
+
+ARGUMENTS = "arguments"
+CONFIG = "config"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that is refused.
+
+    flag: the command line flag as the user types it.
+    attribute: the attribute that holds its value.
+    applies: whether that value is refused.
+    reason: why it cannot be served.
+    alternative: what to use instead.
+    scopes: where the attribute lives; rows of the config scope also guard core attention when it
+        replaces Megatron's on one rank.
+    """
+
+    flag: str
+    attribute: str
+    applies: Callable[[Any], bool]
+    reason: str
+    alternative: str
+    scopes: tuple[str, ...] = (ARGUMENTS,)
+
+    def message(self, value: Any, context: str) -> str:
+        """The refusal's text, e.g. '--sft True with --sequence-parallel-size 2: ...'."""
+        shown = getattr(value, "name", value)
+        return f"{self.flag} {shown} with {context}: {self.reason}. {self.alternative}."
+
+
+def _set(value: Any) -> bool:
+    return bool(value)
+
+
+def _over_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+def _above_zero(value: Any) -> bool:
+    return value is not None and float(value) > 0.0
+
+
+def _not(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in allowed
+
+
+def _has_layers(symbols: str) -> Callable[[Any], bool]:
+    """Whether a hybrid layer pattern holds one of the layer symbols."""
+    return lambda pattern: pattern is not None and any(symbol in pattern for symbol in symbols)
+
+
+_BOTH = (ARGUMENTS, CONFIG)
+
+REFUSALS: tuple[Refusal, ...] = (
+    # What takes the same place as the axis.
+    Refusal(
+        "--context-parallel-size",
+        "context_parallel_size",
+        _over_one,
+        "the sequence-parallel axis takes stock context parallelism's place",
+        "Drop --context-parallel-size",
+    ),
+    Refusal(
+        "--hierarchical-context-parallel-sizes",
+        "hierarchical_context_parallel_sizes",
+        _set,
+        "it splits stock context parallelism, which the axis replaces",
+        "Drop --hierarchical-context-parallel-sizes",
+    ),
+    Refusal(
+        "--hybrid-context-parallel",
+        "hybrid_context_parallel",
+        _set,
+        "its group sizes change from batch to batch",
+        "Use a fixed --sequence-parallel-size",
+    ),
+    Refusal(
+        "--yaml-cfg",
+        "yaml_cfg",
+        _set,
+        "a YAML file replaces the parsed arguments, and the axis with them",
+        "Pass the settings as command line flags",
+    ),
+    # Data that is not one causal sequence a sample.
+    Refusal(
+        "--sft",
+        "sft",
+        _set,
+        "it packs samples (THD layout), which are not split over the axis",
+        "Train on unpacked sequences",
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking",
+        "dataloader_inter_document_masking",
+        _set,
+        "it packs documents (THD layout), which are not split over the axis",
+        "Let tokens attend over the whole causal sequence",
+    ),
+    Refusal(
+        "--reset-attention-mask",
+        "reset_attention_mask",
+        _set,
+        "it makes a mask per document; the axis serves causal masks over the whole sequence",
+        "Drop --reset-attention-mask",
+    ),
+    Refusal(
+        "--perform-rl-step",
+        "perform_rl_step",
+        _set,
+        "reinforcement learning builds an inference model without the axis and packs sequences",
+        "Use stock --context-parallel-size",
+    ),
+    Refusal(
+        "--vision-pretraining",
+        "vision_pretraining",
+        _set,
+        "vision models are not split over the axis",
+        "Use tensor parallelism",
+    ),
+    # Attention that is not plain softmax(Q K^T) V.
+    Refusal(
+        "--attention-dropout",
+        "attention_dropout",
+        _above_zero,
+        "attention without stored probabilities cannot drop them out alike on every rank",
+        "Set --attention-dropout 0",
+        _BOTH,
+    ),
+    Refusal(
+        "--softmax-type",
+        "softmax_type",
+        _not("vanilla"),
+        "partial results of other softmax types cannot be merged across ranks",
+        "Use --softmax-type vanilla",
+        _BOTH,
+    ),
+    Refusal(
+        "--qk-clip",
+        "qk_clip",
+        _set,
+        "it reads the largest attention logit, which the attention kernels do not return",
+        "Drop --qk-clip or use --qk-layernorm",
+        _BOTH,
+    ),
+    Refusal(
+        "--log-max-attention-logit",
+        "log_max_attention_logit",
+        _set,
+        "the attention kernels do not return the largest attention logit",
+        "Drop --log-max-attention-logit",
+        _BOTH,
+    ),
+    Refusal(
+        "--window-size",
+        "window_size",
+        _set,
+        "sliding windows are not scheduled over the axis",
+        "Use full causal attention",
+        _BOTH,
+    ),
+    Refusal(
+        "--position-embedding-type",
+        "position_embedding_type",
+        _not("rope", "learned_absolute", "yarn", "none"),
+        "it needs an attention bias or positions in several dimensions",
+        "Use --position-embedding-type rope",
+    ),
+    Refusal(
+        "--experimental-attention-variant",
+        "experimental_attention_variant",
+        _set,
+        "the variant does its own attention and its own context parallelism",
+        "Use softmax attention",
+        _BOTH,
+    ),
+    Refusal(
+        "--hybrid-layer-pattern",
+        "hybrid_layer_pattern",
+        _has_layers("DG+"),
+        "sparse-attention (D), gated-delta-net (G) and latent-attention (+) layers are not "
+        "split over the axis",
+        "Use attention (*), Mamba (M), MLP (-) and MoE (E) layers",
+    ),
+    Refusal(
+        "--multi-latent-attention",
+        "multi_latent_attention",
+        _set,
+        "latent attention has key and value heads of different width, and its fused rotary "
+        "embedding with YaRN assumes the stock token order",
+        "Use grouped-query attention",
+        _BOTH,
+    ),
+    Refusal(
+        "--use-kitchen-attention",
+        "use_kitchen_attention",
+        _set,
+        "it replaces the core attention",
+        "Drop --use-kitchen-attention",
+        _BOTH,
+    ),
+    Refusal(
+        "TransformerConfig.fp8_dot_product_attention",
+        "fp8_dot_product_attention",
+        _set,
+        "the attention kernels take fp16, bf16 or fp32",
+        "Keep FP8 for the linear layers only",
+        (CONFIG,),
+    ),
+    Refusal(
+        "TransformerConfig.fp8_multi_head_attention",
+        "fp8_multi_head_attention",
+        _set,
+        "the attention kernels take fp16, bf16 or fp32",
+        "Keep FP8 for the linear layers only",
+        (CONFIG,),
+    ),
+    Refusal(
+        "--batch-invariant-mode",
+        "batch_invariant_mode",
+        _set,
+        "it pins Transformer Engine's attention kernels",
+        "Drop --batch-invariant-mode",
+        _BOTH,
+    ),
+    # Execution that goes around the attention module or freezes it.
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        "overlap_moe_expert_parallel_comm",
+        _set,
+        "it runs the parts of a layer itself, interleaving two micro-batches' communication",
+        "Drop --overlap-moe-expert-parallel-comm",
+        _BOTH,
+    ),
+    Refusal(
+        "--cuda-graph-impl",
+        "cuda_graph_impl",
+        _not("none"),
+        "attention's transfers cannot be captured in a CUDA graph",
+        "Use --cuda-graph-impl none",
+        _BOTH,
+    ),
+    Refusal(
+        "--enable-cuda-graph",
+        "enable_cuda_graph",
+        _set,
+        "attention's transfers cannot be captured in a CUDA graph",
+        "Drop --enable-cuda-graph",
+        _BOTH,
+    ),
+    Refusal(
+        "--external-cuda-graph",
+        "external_cuda_graph",
+        _set,
+        "attention's transfers cannot be captured in a CUDA graph",
+        "Drop --external-cuda-graph",
+        _BOTH,
+    ),
+    Refusal(
+        "--use-megatron-fsdp",
+        "use_megatron_fsdp",
+        _set,
+        "it gathers parameters on streams of its own around every module",
+        "Use --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        "use_torch_fsdp2",
+        _set,
+        "it gathers parameters on streams of its own around every module",
+        "Use --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--fine-grained-activation-offloading",
+        "fine_grained_activation_offloading",
+        _set,
+        "it hooks the tensors that the stock core attention saves",
+        "Use --recompute-granularity",
+        _BOTH,
+    ),
+    Refusal(
+        "--use-tp-pp-dp-mapping",
+        "use_tp_pp_dp_mapping",
+        _set,
+        "it orders ranks with pipeline stages inside the data-parallel axis, an order the axis "
+        "was not checked with",
+        "Keep Megatron's default rank order",
+    ),
+    Refusal(
+        "--inprocess-restart",
+        "inprocess_restart",
+        _set,
+        "a restart re-creates process groups under live attention transfers",
+        "Let the launcher restart the job",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        "gtp_weight_remat_size",
+        _over_one,
+        "generalised weight sharding adds an axis between tensor parallelism and the "
+        "sequence-parallel axis",
+        "Use --tensor-model-parallel-size and --use-distributed-optimizer",
+    ),
+)
+
+
+def refuse(source: Any, context: str, scope: str, *, table: Iterable[Refusal] = REFUSALS) -> None:
+    """Raise `UnsupportedError` for the rows of `scope` that apply to `source`, all of them.
+
+    source: an argument namespace or a `TransformerConfig`.
+    context: what the combination is with, e.g. '--sequence-parallel-size 2'.
+    """
+    found = [
+        row.message(getattr(source, row.attribute), context)
+        for row in table
+        if scope in row.scopes
+        and hasattr(source, row.attribute)
+        and row.applies(getattr(source, row.attribute))
+    ]
+    if found:
+        raise UnsupportedError("\n".join(found))

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements of one rank: bytes it sends, memory it uses. Imports torch only, and lazily.
+
+traffic.py   bytes and calls through torch.distributed, by kind of operation
+memory.py    peak memory of this process
+"""

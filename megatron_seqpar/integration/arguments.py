@@ -73,7 +73,7 @@ def fold(args: Any) -> None:
     if config.report is not None:
         from megatron_seqpar.integration import report
 
-        report.install(config)
+        report.install(config.report)
 
 
 def context(config: SeqParConfig) -> str:

@@ -11,8 +11,11 @@ import typer
 from megatron_seqpar import __version__
 from megatron_seqpar.errors import SeqParError
 
-COMMANDS = ("run",)
-"""Modules of `megatron_seqpar.commands`, in the order that `--help` lists them."""
+COMMANDS = ("run", "prepare_data")
+"""Modules of `megatron_seqpar.commands`, in the order that `--help` lists them.
+
+Each has a function of its own name; `CONTEXT`, where there is one, holds settings of its parser.
+"""
 
 app = typer.Typer(
     name="megatron-seqpar",
@@ -23,7 +26,10 @@ app = typer.Typer(
 )
 for _name in COMMANDS:
     _module = importlib.import_module(f"megatron_seqpar.commands.{_name}")
-    app.command(_name, context_settings=getattr(_module, "CONTEXT", None))(getattr(_module, _name))
+    _register = app.command(
+        _name.replace("_", "-"), context_settings=getattr(_module, "CONTEXT", None)
+    )
+    _register(getattr(_module, _name))
 
 
 def _show_version(value: bool) -> None:

@@ -42,6 +42,7 @@ def run(
     """
     from megatron_seqpar import launcher
     from megatron_seqpar.errors import SeqParError
+    from megatron_seqpar.launcher.argument_errors import asks_for_help
     from megatron_seqpar.launcher.environment import under_torchrun
     from megatron_seqpar.launcher.torchrun import torchrun_arguments
 
@@ -54,7 +55,7 @@ def run(
             script, script_args, nproc or 1, device, plugin=plugin, torchrun_args=options
         )
         typer.echo(launcher.torchrun_command(arguments))
-    elif nproc is None and not options:
+    elif asks_for_help(script_args) or (nproc is None and not options):
         launcher.run_script(script, script_args, device, plugin=plugin)
     else:
         status = launcher.launch(

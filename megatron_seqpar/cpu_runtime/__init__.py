@@ -16,6 +16,7 @@ refuses where there is a GPU. It finds errors of logic, not of stream order, NCC
     collectives.py     gloo for NCCL
     optimizer.py       FusedAdam in plain torch
     megatron_hooks.py  norm under TP-SP, JIT warm-up, triton
+    hybrid_hooks.py    HybridModel of local modules
     import_hooks.py    run code after a module's first import
     child.py, site/    child processes
 """

@@ -14,11 +14,11 @@ from megatron_seqpar.errors import SeqParError
 
 from . import child
 from .import_hooks import after_import
-from .registry import UNITS
+from .registry import UNITS, Unit
 
 CHECKED_VERSIONS = {
     "torch": ("2.11",),
-    "megatron-core": ("0.19.0", "0.19.2"),
+    "megatron-core": ("0.19",),
 }
 """Version prefixes that the units were run with; others get a warning."""
 
@@ -31,6 +31,7 @@ UNIT_MODULES = (
     "collectives",
     "optimizer",
     "megatron_hooks",
+    "hybrid_hooks",
 )
 ENVIRONMENT = {
     # torch.compile would need a C++ compiler and minutes to give a CPU kernel of the same result
@@ -97,7 +98,7 @@ def activate(*, leave_out: Iterable[str] = ()) -> None:
     _active = True
 
 
-def units() -> dict[str, object]:
+def units() -> dict[str, Unit]:
     """Every unit by name, in the order they are applied. Imports torch."""
     for module in UNIT_MODULES:
         importlib.import_module(f"{__package__}.{module}")

@@ -12,12 +12,17 @@ from .registry import replace, unit
 
 CPU = torch.device("cpu")
 
-FACTORIES = """arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace
-    ones rand randint randn randperm range scalar_tensor tensor tril_indices triu_indices zeros
-    empty_like full_like ones_like rand_like randint_like randn_like zeros_like
-    sparse_coo_tensor sparse_csr_tensor hann_window hamming_window bartlett_window
-    blackman_window""".split()
-METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+# fmt: off
+FACTORIES = (
+    "arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full",
+    "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range",
+    "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+    "empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like",
+    "sparse_coo_tensor", "sparse_csr_tensor",
+    "hann_window", "hamming_window", "bartlett_window", "blackman_window",
+)
+METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+# fmt: on
 
 
 def to_cpu(device: Any) -> Any:

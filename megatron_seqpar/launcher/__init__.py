@@ -6,6 +6,7 @@
     device.py           cuda or cpu
     environment.py      variables of a process that no torchrun started
     failures.py         one short block for an error instead of a traceback
+    argument_errors.py  a wrong flag in one line; a --help that works
     stop_signal.py      says why a process was stopped, even while it waits in a collective
     dataset_helpers.py  Megatron's index builder where it cannot be compiled
 

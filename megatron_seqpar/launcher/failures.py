@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,6 +18,10 @@ from megatron_seqpar.errors import SeqParError
 
 TRACEBACK_VARIABLE = "SEQPAR_TRACEBACK"
 EXIT_GRACE_SECONDS = 15.0
+LOST_PEER_SECONDS = 1.0
+_HINT = f"\n    ({TRACEBACK_VARIABLE}=1 shows where)"
+reported = threading.Event()
+"""Set once this process has said what went wrong."""
 _LOST_PEER = re.compile(
     r"connection closed by peer|connection reset|connection refused|broken pipe|"
     r"application timeout|timed out waiting|socket timeout|store.*(closed|timeout)",
@@ -41,7 +46,7 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, SeqParError):
         return text
-    if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
+    if lost_peer(error):
         return f"lost the connection to another rank, which has probably failed ({text[:200]})"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"
@@ -49,6 +54,11 @@ def explain(error: BaseException) -> str | None:
     if place is not None:
         return f"{text or type(error).__name__} (Megatron, {place})"
     return None
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` only says that another rank went away."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def _raised_in_megatron(error: BaseException) -> str | None:
@@ -68,14 +78,29 @@ def _raised_in_megatron(error: BaseException) -> str | None:
     return f"{os.path.basename(file)}:{last.tb_lineno}"
 
 
+def _script_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this launcher and of runpy that ran the script."""
+    frames = error.__traceback__
+    while frames is not None and _is_launching(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    shown = error.with_traceback(frames or error.__traceback__)
+    return "".join(traceback.format_exception(shown)).rstrip()
+
+
+def _is_launching(file: str) -> bool:
+    return file == "<frozen runpy>" or os.path.dirname(file) == os.path.dirname(__file__)
+
+
 def report(error: BaseException) -> None:
     """Print this rank's block for `error` to stderr."""
     short = explain(error)
     if short is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
-        say(f"{rank_prefix()} error:\n{''.join(traceback.format_exception(error)).rstrip()}")
-    else:
-        hint = "" if isinstance(error, SeqParError) else f"\n    ({TRACEBACK_VARIABLE}=1 shows where)"
-        say(f"{rank_prefix()} error: {short}{hint}")
+        say(f"{rank_prefix()} error:\n{_script_traceback(error)}")
+        return
+    own = isinstance(error, SeqParError) or lost_peer(error)
+    say(f"{rank_prefix()} error: {short}{'' if own else _HINT}")
+    # half-built objects would add their own complaints while the interpreter shuts down
+    sys.unraisablehook = lambda unraisable: None
 
 
 def leave_within(seconds: float, code: int) -> None:
@@ -93,6 +118,10 @@ def reporting_failures() -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
+        reported.set()
         report(error)
         leave_within(EXIT_GRACE_SECONDS, 1)
+        if lost_peer(error):
+            # let torchrun see the rank that failed first, and name that one
+            time.sleep(LOST_PEER_SECONDS)
         raise SystemExit(1) from None

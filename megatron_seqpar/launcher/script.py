@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_seqpar import cpu_runtime
 from megatron_seqpar.errors import SeqParError
 
+from .argument_errors import asks_for_help, short_argument_errors, tolerant_help
 from .dataset_helpers import use_built_helpers
 from .device import resolve_device
 from .environment import single_process, under_torchrun
@@ -44,6 +45,9 @@ def run_script(
             cpu_runtime.activate()
         _enter_folder_of(path)
         sys.argv = [str(script), *args]
+        short_argument_errors()
+        if asks_for_help(args):
+            tolerant_help()
         use_built_helpers()
         if plugin:
             install_plugin()

@@ -13,7 +13,7 @@ import signal
 import threading
 from types import FrameType
 
-from .failures import rank_prefix, say
+from .failures import rank_prefix, reported, say
 
 
 def _handler(number: int, frame: FrameType | None) -> None:
@@ -30,13 +30,21 @@ def explain_stop() -> None:
     os.set_blocking(writer, False)
     signal.signal(signal.SIGTERM, _handler)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader, os.getpid()), daemon=True).start()
+    # a forked worker has no watching thread: SIGTERM must end it as usual
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
 
-def _watch(reader: int, process: int) -> None:
+def _forget() -> None:
+    if signal.getsignal(signal.SIGTERM) is _handler:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _watch(reader: int) -> None:
     while data := os.read(reader, 64):
         # a script that handles SIGTERM itself (Megatron's --exit-signal-handler) is left to do so
         if signal.SIGTERM in data and signal.getsignal(signal.SIGTERM) is _handler:
-            if os.getpid() == process:
+            if not reported.is_set():
                 say(f"{rank_prefix()} stopped: another rank failed, or the run was cancelled")
-                os._exit(128 + signal.SIGTERM)
+            os._exit(128 + signal.SIGTERM)

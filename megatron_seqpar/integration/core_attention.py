@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_seqpar.attention import Causal, Full, Mask
+from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import arguments, axis, refusals, state
 
@@ -74,9 +75,9 @@ class SeqParCoreAttention(MegatronModule):
             softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         )
         if settings.active:
-            self._transport = axis.require_matching(pg_collection).transport
-        else:
-            self._transport = None
+            self._transport: Transport = axis.require_matching(pg_collection).transport
+        else:  # an axis of one rank, whatever tensor and data parallelism make of the world
+            self._transport = LocalTransport()
 
     @staticmethod
     def _mask_of(attn_mask_type: AttnMaskType | None) -> Mask:

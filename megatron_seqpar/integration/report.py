@@ -37,6 +37,7 @@ from megatron_seqpar.telemetry.traffic import Traffic, TrafficMeter
 FORMAT = 1
 UNTIMED_STEPS = 1  # the first step allocates, connects and warms caches
 LOSS_KEY = "lm loss"
+STEP_PREFIX = "[seqpar]"
 
 
 @dataclass
@@ -86,6 +87,8 @@ class _Recorder:
                     bytes_sent=self.traffic.bytes - sent_before,
                 )
             )
+            if _speaks_for_the_batch():
+                print(step_line(self.steps[-1], get_args().train_iters), flush=True)
             return result
 
         return train_step
@@ -271,6 +274,27 @@ def summary(report: dict[str, Any], path: Path) -> str:
     )
     lines.append(f"  report          {path}")
     return "\n".join(lines)
+
+
+def step_line(step: Step, total: int | None) -> str:
+    """One line for the terminal; the loss is this step's own, unlike that of Megatron's log."""
+    of = "" if total is None else f"/{total}"
+    values = [f"step {step.iteration}{of}"]
+    if step.loss is not None:
+        values.append(f"loss {step.loss:.6f}")
+    if step.grad_norm is not None:
+        values.append(f"grad norm {step.grad_norm:.4f}")
+    values += [f"{step.seconds:.3f} s", f"{step.tokens / step.seconds:,.0f} tokens/s"]
+    return f"{STEP_PREFIX} {', '.join(values)}"
+
+
+def _speaks_for_the_batch() -> bool:
+    """True on one rank that knows the loss: the first of the last pipeline stage."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
 
 
 def _tokens_per_step() -> int:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runs that the quickstart compares, each as arguments of `megatron-seqpar run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_seqpar.data import Corpus, tokenizer_arguments
+from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.quickstart.machine import Machine
+
+CPU_KERNEL = "cpu"
+"""The fused attention kernel that the axis uses without a GPU, given to the baselines too."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `name` is its folder, `label` and `attention` its row in the table."""
+
+    name: str
+    label: str
+    attention: str
+    ranks: int
+    arguments: tuple[str, ...]
+    plugin: bool = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all runs share."""
+
+    model: Path
+    corpus: Corpus
+    cache: Path
+    steps: int
+    sequence_length: int
+    batch: int
+    seed: int = 1234
+
+    def arguments(self) -> list[str]:
+        """Megatron's arguments of model, data, batch and optimizer.
+
+        Weights are initialised on the CPU so that tensor parallelism starts from the same ones,
+        and the loss is a mean over tokens, so that all runs compute the same quantity.
+        """
+        pairs: dict[str, Any] = {
+            "seq-length": self.sequence_length,
+            "max-position-embeddings": self.sequence_length,
+            "micro-batch-size": 1,
+            "global-batch-size": self.batch,
+            "train-iters": self.steps,
+            "lr": 2e-3,
+            "min-lr": 2e-4,
+            "lr-decay-style": "cosine",
+            "lr-warmup-iters": min(3, self.steps - 1),
+            "weight-decay": 0.1,
+            "adam-beta2": 0.95,
+            "clip-grad": 1.0,
+            "seed": self.seed,
+            "use-cpu-initialization": True,
+            "calculate-per-token-loss": True,
+            "no-create-attention-mask-in-dataloader": True,
+            "data-path": self.corpus.data_path,
+            "data-cache-path": str(self.cache),
+            "split": "100,0,0",
+            "num-workers": 0,
+            "eval-iters": 0,
+            "eval-interval": 1000000,
+            "log-interval": 1,
+        }
+        return [*model_arguments(self.model), *flags(pairs), *tokenizer_arguments()]
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """`{"num-layers": 2, "swiglu": True}` as arguments; a false switch is left out."""
+    arguments = []
+    for name, value in values.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not False and value is not None:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def read_model(path: Path) -> dict[str, Any]:
+    """The flags of a model file. Raises SeqParError for anything but a flat mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SeqParError(f"--model {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise SeqParError(f"--model {path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict) or any(
+        isinstance(value, (dict, list)) for value in content.values()
+    ):
+        raise SeqParError(f"--model {path}: one 'megatron-flag: value' a line is expected")
+    return content
+
+
+def model_arguments(path: Path) -> list[str]:
+    """A model file as Megatron's arguments."""
+    return flags(read_model(path))
+
+
+def plan(training: Training, machine: Machine, *, schedule: str = "auto") -> list[Run]:
+    """The runs: the axis, one rank without it, and tensor parallelism.
+
+    Without a GPU stock Megatron has unfused attention only, which is slow and holds an s x s
+    matrix a head; tensor parallelism is therefore also run with the axis's own kernel, which is
+    the fair comparison. The first run with one rank is what the others' losses are compared with.
+    """
+    shared = [*training.arguments(), *machine.arguments()]
+    size = machine.ranks
+    on_cpu = machine.device == "cpu"
+    kernel = ["--seqpar-kernel", CPU_KERNEL] if on_cpu else []
+    fused = "ours (flash, CPU)" if on_cpu else "ours"
+    stock = (
+        "stock, Transformer Engine" if machine.has_transformer_engine else "stock local, unfused"
+    )
+    runs = []
+    if size > 1:
+        axis = ["--sequence-parallel-size", str(size), "--seqpar-schedule", schedule, *kernel]
+        runs.append(Run(f"sp{size}", f"SP={size}", fused, size, (*shared, *axis)))
+    runs.append(Run("sp1", "SP=1", fused if on_cpu else stock, 1, (*shared, *kernel)))
+    if size > 1 and divides_heads(training.model, size):
+        tensor = ["--tensor-model-parallel-size", str(size), "--sequence-parallel"]
+        if on_cpu:
+            label = f"TP={size}, our kernel"
+            runs.append(Run(f"tp{size}-kernel", label, fused, size, (*shared, *tensor, *kernel)))
+        runs.append(Run(f"tp{size}", f"TP={size}, stock", stock, size, (*shared, *tensor)))
+    return runs
+
+
+def divides_heads(model: Path, size: int) -> bool:
+    """Whether tensor parallelism of `size` can share out the model's query and KV heads."""
+    values = read_model(model)
+    heads = int(values.get("num-attention-heads", 1))
+    return heads % size == 0 and int(values.get("num-query-groups", heads)) % size == 0

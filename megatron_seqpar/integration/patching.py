@@ -109,7 +109,7 @@ class Patcher:
         here = _numbers(self.version)[:2]
 
         def distance(version: str) -> tuple[int, ...]:
-            return tuple(abs(a - b) for a, b in zip(_numbers(version), here))
+            return tuple(abs(a - b) for a, b in zip(_numbers(version), here, strict=False))
 
         return min(self.known_versions(), key=distance)
 

@@ -48,9 +48,8 @@ def roll_left(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
         for request in dist.batch_isend_irecv(operations):
             request.wait()
     rolled = torch.roll(tensor, shifts=-1, dims=dim)
-    rolled.select(dim, -1).copy_(
-        arriving.view(torch.bool) if first.dtype == torch.bool else arriving
-    )
+    last = arriving.view(torch.bool) if first.dtype == torch.bool else arriving
+    rolled.select(dim, -1).copy_(last)
     return rolled
 
 

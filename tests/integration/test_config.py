@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings and the flags generated from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from megatron_seqpar import config as settings
+from megatron_seqpar.config import GROUP_TITLE, SeqParConfig
+from megatron_seqpar.errors import UnsupportedError
+
+
+def parse(*argv: str) -> SeqParConfig:
+    parser = settings.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return settings.from_namespace(parser.parse_args(argv))
+
+
+def test_defaults_leave_megatron_alone():
+    config = parse()
+    assert config == SeqParConfig()
+    assert not config.active
+    assert not config.replaces_core_attention
+
+
+def test_every_field_has_its_flag():
+    flags = {field.metadata["flag"] for field in dataclasses.fields(SeqParConfig)}
+    assert flags == {
+        "--sequence-parallel-size",
+        "--seqpar-schedule",
+        "--seqpar-kernel",
+        "--seqpar-recompute",
+        "--seqpar-no-overlap",
+        "--seqpar-report",
+    }
+
+
+def test_flags_are_read():
+    config = parse(
+        "--sequence-parallel-size", "4", "--seqpar-schedule", "ring", "--seqpar-no-overlap"
+    )
+    assert config == SeqParConfig(sequence_parallel_size=4, schedule="ring", overlap=False)
+    assert config.active
+    assert config.replaces_core_attention
+
+
+def test_naming_a_kernel_replaces_core_attention_on_one_rank():
+    config = parse("--seqpar-kernel", "cpu")
+    assert not config.active
+    assert config.replaces_core_attention
+
+
+def test_help_has_a_group_of_its_own_with_the_choices():
+    text = settings.add_arguments(argparse.ArgumentParser()).format_help()
+    assert GROUP_TITLE in text
+    assert "{auto,balanced,ring}" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced, ring"),
+        (("--seqpar-recompute", "all"), "--seqpar-recompute all.*none"),
+        (("--sequence-parallel-size", "0"), "--sequence-parallel-size 0.*1 or more"),
+    ],
+)
+def test_wrong_values_name_the_flag_and_the_choices(argv, text):
+    with pytest.raises(UnsupportedError, match=text):
+        parse(*argv)
+
+
+def test_choices_of_schedules_are_those_that_exist():
+    from megatron_seqpar.attention import schedules
+
+    field = next(f for f in dataclasses.fields(SeqParConfig) if f.name == "schedule")
+    assert set(field.metadata["choices"]) == {"auto", *schedules.names()}
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SeqParConfig().schedule = "ring"
+
+
+def test_config_imports_neither_torch_nor_megatron():
+    code = (
+        "import sys, megatron_seqpar.config;"
+        "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

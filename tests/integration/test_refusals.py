@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every refused combination, from the table and through Megatron's own parser."""
+
+from __future__ import annotations
+
+import argparse
+import types
+
+import pytest
+
+from megatron_seqpar.config import SeqParConfig
+from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.integration import lengths, refusals, state
+
+WRONG = {
+    "context_parallel_size": 2,
+    "hierarchical_context_parallel_sizes": [2, 2],
+    "hybrid_context_parallel": True,
+    "yaml_cfg": "model.yaml",
+    "sft": True,
+    "dataloader_inter_document_masking": True,
+    "reset_attention_mask": True,
+    "perform_rl_step": True,
+    "vision_pretraining": True,
+    "attention_dropout": 0.1,
+    "softmax_type": "off-by-one",
+    "qk_clip": True,
+    "log_max_attention_logit": True,
+    "window_size": (128, 0),
+    "position_embedding_type": "relative",
+    "experimental_attention_variant": "dsa",
+    "hybrid_layer_pattern": "M*MG",
+    "multi_latent_attention": True,
+    "use_kitchen_attention": True,
+    "fp8_dot_product_attention": True,
+    "fp8_multi_head_attention": True,
+    "batch_invariant_mode": True,
+    "overlap_moe_expert_parallel_comm": True,
+    "cuda_graph_impl": "local",
+    "enable_cuda_graph": True,
+    "external_cuda_graph": True,
+    "use_megatron_fsdp": True,
+    "use_torch_fsdp2": True,
+    "fine_grained_activation_offloading": True,
+    "use_tp_pp_dp_mapping": True,
+    "inprocess_restart": True,
+    "gtp_weight_remat_size": 2,
+}
+RIGHT = {
+    "context_parallel_size": 1,
+    "attention_dropout": 0.0,
+    "softmax_type": "vanilla",
+    "position_embedding_type": "rope",
+    "hybrid_layer_pattern": "M*M-E",
+    "cuda_graph_impl": "none",
+    "gtp_weight_remat_size": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    yield
+    state.set_config(SeqParConfig())
+
+
+def test_every_row_has_a_case():
+    assert {row.attribute for row in refusals.REFUSALS} == WRONG.keys()
+
+
+@pytest.mark.parametrize("row", refusals.REFUSALS, ids=lambda row: row.flag)
+def test_row_names_flag_value_and_alternative(row):
+    value = WRONG[row.attribute]
+    source = types.SimpleNamespace(**{row.attribute: value})
+    with pytest.raises(UnsupportedError) as caught:
+        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0])
+    text = str(caught.value)
+    assert row.flag in text
+    assert str(value) in text
+    assert "--sequence-parallel-size 2" in text
+    assert row.alternative in text
+
+
+@pytest.mark.parametrize("row", refusals.REFUSALS, ids=lambda row: row.flag)
+def test_row_passes_what_is_fine(row):
+    for value in (RIGHT.get(row.attribute, False), None):
+        source = types.SimpleNamespace(**{row.attribute: value})
+        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0])
+
+
+def test_all_reasons_are_told_at_once():
+    source = types.SimpleNamespace(sft=True, attention_dropout=0.1)
+    with pytest.raises(UnsupportedError, match=r"(?s)--sft.*--attention-dropout"):
+        refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+
+
+def test_scopes_keep_apart_what_a_model_config_cannot_know():
+    source = types.SimpleNamespace(sft=True)
+    refusals.refuse(source, "--sequence-parallel-size 2", refusals.CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "tensor", "text"),
+    [
+        (3, 4, 1, "--seq-length 3 with --sequence-parallel-size 4: the sequence is shorter"),
+        (257, 2, 1, "nearest lengths that work: 256 or 258"),
+        (258, 2, 4, "over 4 tensor ranks.*nearest lengths that work: 256 or 264"),
+        (5, 4, 1, "nearest lengths that work: 4 or 8"),
+    ],
+)
+def test_lengths_that_do_not_split(length, size, tensor, text):
+    with pytest.raises(UnsupportedError, match=text):
+        lengths.check_sequence_length(length, size, tensor)
+
+
+@pytest.mark.parametrize(("length", "size", "tensor"), [(255, 3, 1), (4, 4, 1), (264, 2, 4)])
+def test_lengths_that_split(length, size, tensor):
+    lengths.check_sequence_length(length, size, tensor)
+
+
+def test_world_size_is_refused_with_the_numbers():
+    lengths.check_world_size(12, 3, 2, 2)
+    with pytest.raises(UnsupportedError, match=r"multiple of 12 processes, but 16.*Start 12 or 24"):
+        lengths.check_world_size(16, 3, 2, 2)
+    with pytest.raises(UnsupportedError, match=r"multiple of 4 processes, but 3.*Start 4"):
+        lengths.check_world_size(3, 4, 1, 1)
+
+
+def parser(monkeypatch, world):
+    """A parser with a few of Megatron's flags, wrapped as Megatron's own is."""
+    from megatron_seqpar.integration import arguments
+
+    def stock(parser):
+        parser.add_argument("--context-parallel-size", type=int, default=1)
+        parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+        parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+        parser.add_argument("--attention-dropout", type=float, default=0.1)
+        return parser
+
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    return arguments.wrap_add_megatron_arguments(stock)(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def test_parsing_folds_the_axis_into_context_parallelism(monkeypatch):
+    argv = ["--sequence-parallel-size", "4", "--attention-dropout", "0"]
+    args = parser(monkeypatch, 8).parse_args(argv)
+    assert args.context_parallel_size == args.sequence_parallel_size == 4
+    assert state.config().sequence_parallel_size == 4
+    assert all(
+        value is None or type(value) in (int, float, str, bool) for value in vars(args).values()
+    )
+
+
+def test_parsing_without_the_flag_changes_no_stock_value(monkeypatch):
+    args = parser(monkeypatch, 8).parse_args(["--context-parallel-size", "2"])
+    assert args.context_parallel_size == 2
+    assert args.attention_dropout == 0.1
+    assert not state.active()
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--context-parallel-size", "2"], "Drop --context-parallel-size"),
+        (["--attention-dropout", "0.5"], "--attention-dropout 0.5"),
+        (["--seqpar-kernel", "abacus"], r"--seqpar-kernel abacus: unknown.*reference"),
+        (["--tensor-model-parallel-size", "3"], "multiple of 6 processes, but 8"),
+    ],
+)
+def test_parsing_refuses(monkeypatch, argv, text):
+    argv = ["--sequence-parallel-size", "2", "--attention-dropout", "0", *argv]
+    with pytest.raises(UnsupportedError, match=text):
+        parser(monkeypatch, 8).parse_args(argv)
+
+
+@pytest.mark.parametrize("length", [252, 256])
+def test_validation_accepts_odd_shares(length):
+    """Stock validation wants two chunks a rank; one is enough here, and the length survives."""
+    from megatron_seqpar.integration import arguments
+
+    def stock(args):
+        assert args.seq_length % (2 * args.context_parallel_size) == 0
+        args.encoder_seq_length = args.seq_length
+        return args
+
+    state.set_config(SeqParConfig(sequence_parallel_size=4))
+    args = types.SimpleNamespace(
+        context_parallel_size=4,
+        seq_length=length,
+        encoder_seq_length=None,
+        sequence_parallel=False,
+        tensor_model_parallel_size=1,
+        max_position_embeddings=length,
+    )
+    result = arguments.wrap_validate_args(stock)(args)
+    assert result.seq_length == result.encoder_seq_length == length

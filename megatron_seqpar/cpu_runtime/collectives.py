@@ -60,19 +60,3 @@ def gloo_for_nccl() -> None:
         "new_subgroups_by_enumeration",
     ):
         _replace_in_c10d(name, make)
-
-
-@unit
-def barrier_devices() -> None:
-    """gloo's barrier refuses `device_ids`, which only says where NCCL's dummy tensor lives.
-
-    Serves: training/training.py and core/dist_checkpointing (`barrier(device_ids=[...])`).
-    """
-
-    def make(original: Any) -> Any:
-        def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-            return original(group=group, async_op=async_op)
-
-        return barrier
-
-    _replace_in_c10d("barrier", make)

@@ -71,8 +71,8 @@ def factories() -> None:
 def device_context() -> None:
     """`with torch.device('cuda'):` adds the device below the wrapped factories.
 
-    Serves: training/models/dist_utils.py and Megatron forks that build a model under
-    `with torch.device("cuda")`; torch.set_default_device("cuda").
+    Serves: core/models/common/embeddings/yarn_rotary_pos_embedding.py (`with torch.device(device)`)
+    and scripts that build a model under `with torch.device("cuda")`.
     """
     from torch.utils._device import DeviceContext
 
@@ -146,8 +146,8 @@ def tensor_type() -> None:
 def pinned_memory() -> None:
     """Page-locking asks the CUDA driver; host memory that is never copied to a GPU needs none.
 
-    Serves: core/models/common/embeddings (`pin_memory=True` index tensors),
-    core/dist_checkpointing (staging buffers), torch DataLoader with pin_memory.
+    Serves: core/distributed/param_and_grad_buffer.py (`.cpu().pin_memory()`),
+    core/pipeline_parallel/combined_1f1b.py (`record_stream`), core/pipeline_parallel/utils.py.
     """
 
     def pin_memory(self: Any, device: Any = None) -> Any:
@@ -166,8 +166,8 @@ def pinned_memory() -> None:
 def torch_load() -> None:
     """`torch.load(..., map_location='cuda')` maps to the CPU.
 
-    Serves: training/checkpointing.py (legacy `torch` checkpoint format), and checkpoints that were
-    written on a GPU.
+    Serves: core/extensions/transformer_engine.py (`map_location="cuda"`) and scripts that load a
+    checkpoint written on a GPU.
     """
     original = torch.load
 

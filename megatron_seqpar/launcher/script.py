@@ -51,7 +51,13 @@ def run_script(
         use_built_helpers()
         if plugin:
             install_plugin()
-        runpy.run_path(str(path), run_name="__main__")
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as leaving:
+            if not leaving.code:
+                _close_process_groups()
+            raise
+        _close_process_groups()
 
 
 def existing_script(script: str | os.PathLike[str]) -> Path:
@@ -61,6 +67,13 @@ def existing_script(script: str | os.PathLike[str]) -> Path:
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise SeqParError(f"script {str(script)!r} {kind}; give the path of a Python file")
     return path
+
+
+def _close_process_groups() -> None:
+    """End what the script left running: gloo's threads would abort a process that exits on them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def install_plugin() -> None:

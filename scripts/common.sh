@@ -69,10 +69,10 @@ seqpar_system_site() {
     esac
 }
 
-# Print a hash of all that decides what is installed.
-# $1: Python, $2: system site 0|1, $3: extras
+# Print a hash of all that decides what is installed, extras apart.
+# $1: Python, $2: system site 0|1
 seqpar_stamp() {
-    "$1" - "$SEQPAR_REPO" "$2" "$3" <<'PYTHON'
+    "$1" - "$SEQPAR_REPO" "$2" <<'PYTHON'
 import hashlib
 import pathlib
 import sys
@@ -117,8 +117,8 @@ seqpar_setup() {
     local extras="${1:-dev}" python system_site stamp stamp_file constraints
     python="$(seqpar_find_python)" || exit 1
     system_site="$(seqpar_system_site "$python")" || exit 1
-    stamp="$(seqpar_stamp "$python" "$system_site" "$extras")"
-    stamp_file="$SEQPAR_VENV/.seqpar-installed"
+    stamp="$(seqpar_stamp "$python" "$system_site")"
+    stamp_file="$SEQPAR_VENV/.seqpar-installed-$extras"
     if seqpar_is_current "$stamp_file" "$stamp"; then
         seqpar_say "environment: $SEQPAR_VENV is up to date"
         return
@@ -152,8 +152,12 @@ seqpar_setup() {
     env -u PIP_CONSTRAINT "$SEQPAR_VENV/bin/python" -m pip install \
         --constraint "$constraints" --editable "${SEQPAR_REPO}[$extras]" ||
         seqpar_fail "the installation stopped; run the same command again, it continues from there"
-    printf '%s\n' "$stamp" >"$stamp_file.new"
-    mv "$stamp_file.new" "$stamp_file"
+    local covered=("$extras")
+    [[ "$extras" == dev ]] && covered+=(plot) # dev asks for all that plot asks for
+    for extras in "${covered[@]}"; do
+        printf '%s\n' "$stamp" >"$stamp_file.new"
+        mv "$stamp_file.new" "$SEQPAR_VENV/.seqpar-installed-$extras"
+    done
     exec 9>&-
     seqpar_say "environment: ready"
 }

@@ -6,6 +6,7 @@ Stock Megatron serves such ids with its `NullTokenizer`, so no tokenizer file is
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -130,8 +131,9 @@ def _write(
     index: Path,
     on_progress: Callable[[int, int], None] | None,
 ) -> Corpus:
-    # Imported here: reading the package must not import torch or Megatron. The warnings are about
-    # optimizers that are of no interest for writing data.
+    # Imported here: reading the package must not import torch or Megatron. What they warn about
+    # on import (optimizers, a compiler for CUDA) is of no interest for writing data.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch

@@ -51,7 +51,7 @@ def quickstart(
         typer.Option(help='Your text, one {"text": ...} a line; default: Python\'s own library.'),
     ] = None,
     json_key: Annotated[str, typer.Option(help="Key of the text in --input.")] = "text",
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 12,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 10,
     seq_length: Annotated[int, typer.Option(min=16, help="Tokens a sequence.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 1,
     nproc: Annotated[

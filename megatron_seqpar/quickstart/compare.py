@@ -126,7 +126,8 @@ def plot(results: list[Result], path: Path) -> None:
     top.legend()
     bottom.set_yscale("log")
     bottom.set_ylabel("relative difference\nfrom one rank")
-    bottom.set_xlabel("step")
+    bottom.set_xlabel("step (equal losses are drawn at 1e-9)")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

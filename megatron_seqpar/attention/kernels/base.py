@@ -60,9 +60,12 @@ class KernelRecord:
         name: what `kernel=` and `--seqpar-kernel` say.
         module, attribute: where its class lives (imported when chosen), in this package.
         devices, dtypes: served, by name.
-        max_head_dim, head_dim_multiple: of queries and keys, and of values.
-        value_dim_differs: values may have another head dim than keys.
-        deterministic: can repeat its gradients bitwise.
+        max_head_dim: largest head dim of queries, keys and values.
+        head_dim_multiple: what its head dims must divide by; others are padded.
+        other_value_dims: pairs (head dim, value dim) with different dims that it serves without
+            padding; None for any pair.
+        deterministic_head_dim: largest head dim with bitwise repeatable gradients, 0 for none.
+        archs: major compute capabilities of the GPUs it serves; empty where that is no matter.
         install: what to install when it is not there.
     """
 
@@ -73,9 +76,18 @@ class KernelRecord:
     dtypes: tuple[str, ...]
     max_head_dim: int
     head_dim_multiple: int
-    value_dim_differs: bool
-    deterministic: bool
+    other_value_dims: tuple[tuple[int, int], ...] | None
+    deterministic_head_dim: int
+    archs: tuple[int, ...]
     install: str
+
+    def padded_dim(self, head_dim: int, value_dim: int) -> int | None:
+        """Head dim that keys and values must be padded to, or None when served as they are."""
+        fit = head_dim % self.head_dim_multiple == value_dim % self.head_dim_multiple == 0
+        pairs = self.other_value_dims
+        if fit and (head_dim == value_dim or pairs is None or (head_dim, value_dim) in pairs):
+            return None
+        return -(-max(head_dim, value_dim) // self.head_dim_multiple) * self.head_dim_multiple
 
     def refuses(
         self, device: str, dtype: str, head_dim: int, value_dim: int, deterministic: bool
@@ -85,13 +97,13 @@ class KernelRecord:
             return f"serves {', '.join(self.devices)} tensors, not {device}"
         if dtype not in self.dtypes:
             return f"serves {', '.join(self.dtypes)}, not {dtype}"
-        if max(head_dim, value_dim) > self.max_head_dim:
+        padded = self.padded_dim(head_dim, value_dim)
+        used = padded or max(head_dim, value_dim)
+        listed = padded is None and head_dim != value_dim
+        if used > self.max_head_dim and not listed:
             return f"serves head dims to {self.max_head_dim}, not {max(head_dim, value_dim)}"
-        if head_dim % self.head_dim_multiple or value_dim % self.head_dim_multiple:
-            multiple = self.head_dim_multiple
-            return f"needs head dims divisible by {multiple}, not {head_dim}/{value_dim}"
-        if head_dim != value_dim and not self.value_dim_differs:
-            return f"needs equal head dims for keys and values, not {head_dim}/{value_dim}"
-        if deterministic and not self.deterministic:
-            return "has no deterministic backward"
+        if deterministic and used > self.deterministic_head_dim:
+            if not self.deterministic_head_dim:
+                return "has no deterministic backward"
+            return f"is deterministic for head dims to {self.deterministic_head_dim}, not {used}"
         return None

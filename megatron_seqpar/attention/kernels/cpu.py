@@ -3,6 +3,9 @@
 
 It takes `[b, h, s, d]` with any strides, fp16 to fp64, grouped KV heads, and skips blocks above the
 diagonal when causal. Its log-sum-exp is fp32 (fp64 for fp64).
+
+Its backward adds up the key and value gradients of a group of query heads in the input dtype, so in
+half precision each group member is called for alone and they are added up in fp32.
 """
 
 from __future__ import annotations
@@ -41,12 +44,25 @@ class CpuFlashAttention:
         lse: torch.Tensor,
         call: TileCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grads = _backward(
-            *(t.transpose(1, 2) for t in (dout, q, k, v, out)),
-            lse,
-            0.0,
-            call.causal,
-            scale=call.scale,
-        )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        return dq, dk, dv
+        group = q.shape[2] // k.shape[2]
+        if group == 1 or q.dtype in (torch.float32, torch.float64):
+            grads = _backward(
+                *(t.transpose(1, 2) for t in (dout, q, k, v, out)),
+                lse.contiguous(),
+                0.0,
+                call.causal,
+                scale=call.scale,
+            )
+            dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+            return dq, dk, dv
+        dq = q.new_empty(q.shape)
+        dk, dv = (t.new_zeros(t.shape, dtype=torch.float32) for t in (k, v))
+        for member in range(group):
+            heads = slice(member, None, group)  # one query head of every KV head
+            part = self.backward(
+                dout[:, :, heads], q[:, :, heads], k, v, out[:, :, heads], lse[:, heads], call
+            )
+            dq[:, :, heads] = part[0]
+            dk += part[1]
+            dv += part[2]
+        return dq, dk.to(k.dtype), dv.to(v.dtype)

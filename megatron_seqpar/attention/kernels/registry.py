@@ -16,40 +16,43 @@ import torch
 
 from ...errors import KernelError
 from .base import Kernel, KernelRecord
+from .padding import PaddedHeads
 
 logger = logging.getLogger(__name__)
 
 _HALF = ("bfloat16", "float16")
 _ALL = ("float64", "float32", "bfloat16", "float16")
+_MLA = ((192, 128),)  # keys 128 + 64 wide, values 128 wide
+_FROM_AMPERE = (8, 9, 10, 11, 12)
 
 # in order of preference for "auto"; `reference` last: right everywhere, fast nowhere
 KERNELS: tuple[KernelRecord, ...] = (
     KernelRecord(
-        "flash3", "flash_attn3", "FlashAttention3", ("cuda",), _HALF, 256, 8, False, True,
-        "the hopper build of flash-attn (module flash_attn_interface)",
+        "flash3", "flash_attn3", "FlashAttention3", ("cuda",), _HALF, 256, 8, _MLA, 192, (9,),
+        "flash_attn_3, the hopper build of flash-attn",
     ),
     KernelRecord(
-        "flash4", "flash_attn4", "FlashAttention4", ("cuda",), _HALF, 128, 8, False, True,
-        "pip install --pre flash-attn-4",
+        "flash4", "flash_attn4", "FlashAttention4", ("cuda",), _HALF, 128, 8, _MLA, 192,
+        (9, 10, 11), "pip install --pre flash-attn-4",
     ),
     KernelRecord(
-        "flash2", "flash_attn2", "FlashAttention2", ("cuda",), _HALF, 256, 8, False, True,
-        "pip install 'flash-attn>=2.7'",
+        "flash2", "flash_attn2", "FlashAttention2", ("cuda",), _HALF, 256, 8, (), 256,
+        _FROM_AMPERE, "pip install 'flash-attn>=2.7,<2.9'",
     ),
     KernelRecord(
-        "cudnn", "cudnn", "CudnnAttention", ("cuda",), _HALF, 128, 8, False, False,
-        "a CUDA build of torch with cuDNN",
+        "cudnn", "cudnn", "CudnnAttention", ("cuda",), _HALF, 128, 8, (), 0,
+        _FROM_AMPERE, "a CUDA build of torch with cuDNN 9",
     ),
     KernelRecord(
-        "aten", "aten_flash", "AtenFlashAttention", ("cuda",), _HALF, 256, 8, False, False,
-        "a CUDA build of torch",
+        "aten", "aten_flash", "AtenFlashAttention", ("cuda",), _HALF, 256, 8, (), 256,
+        _FROM_AMPERE, "a CUDA build of torch",
     ),
     KernelRecord(
-        "cpu", "cpu", "CpuFlashAttention", ("cpu",), _ALL, 1024, 1, False, True, "torch",
+        "cpu", "cpu", "CpuFlashAttention", ("cpu",), _ALL, 1024, 1, (), 1024, (), "torch",
     ),
     KernelRecord(
-        "reference", "reference", "ReferenceAttention", ("cpu", "cuda"), _ALL, 4096, 1, True, True,
-        "torch",
+        "reference", "reference", "ReferenceAttention", ("cpu", "cuda"), _ALL, 4096, 1, None, 4096,
+        (), "torch",
     ),
 )  # fmt: skip
 
@@ -64,7 +67,13 @@ def names() -> tuple[str, ...]:
 def unavailable(record: KernelRecord) -> str | None:
     """Why the backend cannot be loaded on this machine, or None."""
     reason: str | None = import_module(f".{record.module}", __package__).unavailable()
-    return None if reason is None else f"{reason} (needs {record.install})"
+    if reason is not None:
+        return f"{reason} (needs {record.install})"
+    if record.archs and torch.cuda.get_device_capability()[0] not in record.archs:
+        major, minor = torch.cuda.get_device_capability()
+        served = ", ".join(f"{arch}.x" for arch in record.archs)
+        return f"serves GPUs of compute capability {served}, not {major}.{minor}"
+    return None
 
 
 @lru_cache(maxsize=64)
@@ -73,16 +82,15 @@ def _select(
 ) -> tuple[str, Kernel]:
     if name != "auto" and name not in _BY_NAME:
         raise KernelError(f"kernel={name!r} is unknown; use one of {', '.join(names())}")
-    reasons = []
+    reasons: list[str] = []
     for record in KERNELS if name == "auto" else (_BY_NAME[name],):
         reason = record.refuses(device, dtype, head_dim, value_dim, deterministic)
         reason = reason or unavailable(record)
         if reason is None:
             if name == "auto":
-                logger.info("attention kernel for %s %s: %s", device, dtype, record.name)
-            module = import_module(f".{record.module}", __package__)
-            return record.name, getattr(module, record.attribute)()
-        reasons.append(f"{record.name}: {reason}")
+                _say(record, device, dtype, reasons)
+            return record.name, _load(record, head_dim, value_dim)
+        reasons.append(f"{record.name} {reason}")
     if name == "auto":
         raise KernelError("no attention kernel serves this call; " + "; ".join(reasons))
     usable = [
@@ -90,8 +98,23 @@ def _select(
         if r.refuses(device, dtype, head_dim, value_dim, deterministic) is None
         and unavailable(r) is None
     ]  # fmt: skip
-    reason = reasons[0].partition(": ")[2]
-    raise KernelError(f"kernel={name!r} {reason}; use one of {', '.join(('auto', *usable))}")
+    reason = reasons[0].removeprefix(f"{name} ")
+    raise KernelError(f"kernel={name!r}: {reason}; use one of {', '.join(('auto', *usable))}")
+
+
+def _load(record: KernelRecord, head_dim: int, value_dim: int) -> Kernel:
+    kernel: Kernel = getattr(import_module(f".{record.module}", __package__), record.attribute)()
+    padded = record.padded_dim(head_dim, value_dim)
+    return kernel if padded is None else PaddedHeads(kernel, padded)
+
+
+def _say(record: KernelRecord, device: str, dtype: str, passed_over: list[str]) -> None:
+    """Log what "auto" took, and why not what stands before it in the table."""
+    # the reference is right but slow: nobody wants it on a GPU without knowing
+    level = logging.WARNING if record.name == "reference" else logging.INFO
+    others = [reason for reason in passed_over if f"tensors, not {device}" not in reason]
+    because = f" ({'; '.join(others)})" if others else ""
+    logger.log(level, "attention kernel for %s %s: %s%s", device, dtype, record.name, because)
 
 
 def select(

@@ -316,7 +316,7 @@ def _versions() -> dict[str, str]:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": package_info.__version__,
+        "megatron-core": package_info.__version__.split("+")[0],  # less the commit of the folder
         "megatron_seqpar": megatron_seqpar.__version__,
     }
     for name in ("transformer-engine", "flash-attn"):

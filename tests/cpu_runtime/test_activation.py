@@ -81,7 +81,7 @@ def activate_late() -> None:
 
 
 def test_refuses_after_megatron_was_imported() -> None:
-    with pytest.raises(FreshProcessError, match="megatron.core was imported before"):
+    with pytest.raises(FreshProcessError, match=r"megatron\.core was imported before"):
         run_fresh(activate_late)
 
 

@@ -5,7 +5,7 @@
 #
 # The image's own torch, Transformer Engine and flash-attn stay as they are: the environment made
 # by scripts/common.sh sees them and pins each to the version it has.
-ARG IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
+ARG IMAGE=nvcr.io/nvidia/pytorch:26.04-py3
 FROM ${IMAGE}
 
 RUN useradd --create-home --shell /bin/bash seqpar

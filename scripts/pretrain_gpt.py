@@ -8,8 +8,9 @@ The first line trains with the sequence dimension split over ranks, though nothi
 it: the launcher patches Megatron before it runs this script. `ARGS` are Megatron's arguments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -29,6 +30,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 Batch = dict[str, torch.Tensor | None]
+Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -69,13 +71,12 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
     )
 
 
-def loss_func(
-    loss_mask: torch.Tensor, losses: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def loss_func(loss_mask: torch.Tensor | None, losses: torch.Tensor) -> Loss:
     """Sum of the token losses, number of tokens counted, and what to report of both.
 
     Shapes: `loss_mask` and `losses` `[b, s_local]`; the results are scalars, the report `[2]`.
     """
+    assert loss_mask is not None  # only the last pipeline stage comes here, and it has one
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     tokens = mask.sum().detach()
@@ -83,7 +84,9 @@ def loss_func(
     return loss, tokens.to(torch.int), {"lm loss": report}
 
 
-def forward_step(data_iterator: Iterator[Batch] | None, model: GPTModel):  # type: ignore[no-untyped-def]
+def forward_step(
+    data_iterator: Iterator[Batch] | None, model: GPTModel
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
     """One micro-batch forward: the model's output and the function that makes a loss of it."""
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
@@ -96,7 +99,7 @@ def forward_step(data_iterator: Iterator[Batch] | None, model: GPTModel):  # typ
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def datasets_provider(samples: list[int], vp_stage: int | None = None):  # type: ignore[no-untyped-def]
+def datasets_provider(samples: list[int], vp_stage: int | None = None) -> list[Any]:
     """Training, validation and test datasets of the given numbers of samples."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -124,7 +127,8 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None):  # type:
         )
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, config).build()
+    built: list[Any] = BlendedMegatronDatasetBuilder(dataset, samples, reads_data, config).build()
+    return built
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # each rank builds its own

@@ -13,8 +13,8 @@ from megatron_seqpar.data import Corpus, tokenizer_arguments
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.quickstart.machine import Machine
 
-CPU_KERNEL = "cpu"
-"""The fused attention kernel that the axis uses without a GPU, given to the baselines too."""
+FUSED_KERNELS = {"cpu": "cpu", "cuda": "aten"}
+"""Device: a fused attention kernel that torch brings, given to the axis and to baselines alike."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Run:
     attention: str
     ranks: int
     arguments: tuple[str, ...]
-    plugin: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,30 +106,27 @@ def model_arguments(path: Path) -> list[str]:
 
 
 def plan(training: Training, machine: Machine, *, schedule: str = "auto") -> list[Run]:
-    """The runs: the axis, one rank without it, and tensor parallelism.
+    """The runs: the axis, one rank without it, and tensor parallelism, on one attention kernel.
 
-    Without a GPU stock Megatron has unfused attention only, which is slow and holds an s x s
-    matrix a head; tensor parallelism is therefore also run with the axis's own kernel, which is
-    the fair comparison. The first run with one rank is what the others' losses are compared with.
+    Tensor parallelism is also run with stock attention. Without Transformer Engine that is
+    unfused: slow, and it holds an s x s matrix a head, so it alone would be no fair comparison.
+    The run with one rank is what the others' losses are compared with.
     """
     shared = [*training.arguments(), *machine.arguments()]
     size = machine.ranks
-    on_cpu = machine.device == "cpu"
-    kernel = ["--seqpar-kernel", CPU_KERNEL] if on_cpu else []
-    fused = "ours (flash, CPU)" if on_cpu else "ours"
-    stock = (
-        "stock, Transformer Engine" if machine.has_transformer_engine else "stock local, unfused"
-    )
+    fused = FUSED_KERNELS[machine.device]
+    kernel = ["--seqpar-kernel", fused]
+    ours = f"fused ({fused})"
+    stock = "stock, Transformer Engine" if machine.has_transformer_engine else "stock, unfused"
     runs = []
     if size > 1:
         axis = ["--sequence-parallel-size", str(size), "--seqpar-schedule", schedule, *kernel]
-        runs.append(Run(f"sp{size}", f"SP={size}", fused, size, (*shared, *axis)))
-    runs.append(Run("sp1", "SP=1", fused if on_cpu else stock, 1, (*shared, *kernel)))
+        runs.append(Run(f"sp{size}", f"SP={size}", ours, size, (*shared, *axis)))
+    runs.append(Run("sp1", "SP=1", ours, 1, (*shared, *kernel)))
     if size > 1 and divides_heads(training.model, size):
         tensor = ["--tensor-model-parallel-size", str(size), "--sequence-parallel"]
-        if on_cpu:
-            label = f"TP={size}, our kernel"
-            runs.append(Run(f"tp{size}-kernel", label, fused, size, (*shared, *tensor, *kernel)))
+        label = f"TP={size}, same kernel"
+        runs.append(Run(f"tp{size}-kernel", label, ours, size, (*shared, *tensor, *kernel)))
         runs.append(Run(f"tp{size}", f"TP={size}, stock", stock, size, (*shared, *tensor)))
     return runs
 

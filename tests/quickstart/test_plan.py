@@ -40,7 +40,7 @@ def test_the_model_is_llama_shaped() -> None:
 def test_runs_without_a_gpu() -> None:
     runs = plan(training(), Machine("cpu", "CPU", 2))
     assert [(run.label, run.ranks) for run in runs] == [
-        *(("SP=2", 2), ("SP=1", 1), ("TP=2, our kernel", 2), ("TP=2, stock", 2))
+        *(("SP=2", 2), ("SP=1", 1), ("TP=2, same kernel", 2), ("TP=2, stock", 2))
     ]
     assert len({run.name for run in runs}) == len(runs)
     assert value(runs[0], "--sequence-parallel-size") == "2"
@@ -54,6 +54,7 @@ def test_runs_on_gpus() -> None:
     assert [run.label for run in runs] == ["SP=4", "SP=1"]  # 2 KV heads: no tensor parallelism of 4
     assert all("--bf16" in run.arguments for run in runs)
     assert all(value(run, "--distributed-backend") == "nccl" for run in runs)
+    assert all(value(run, "--seqpar-kernel") == "aten" for run in runs)
 
 
 def test_one_rank_has_nothing_to_split() -> None:

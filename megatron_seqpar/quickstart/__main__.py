@@ -85,7 +85,8 @@ def quickstart(
             header = f"[{index}/{len(todo)}] {run.label}: {run.ranks} rank(s), {run.attention}"
             if report is None:
                 console.print(f"\n{header} (log: {folder / 'log.txt'})", markup=False)
-                report = runs.train(run, here, SCRIPT, folder, key, _show)
+                command = runs.launch_command(run, here, SCRIPT, folder / runs.REPORT)
+                report = runs.train(run.label, command, here.environment(), folder, key, _show)
             else:
                 console.print(f"\n{header}: reused from {folder}", markup=False)
             results.append(compare.Result(run, report))

@@ -21,6 +21,7 @@ from megatron_seqpar.quickstart.plan import Run
 
 STEP_PREFIX = "[seqpar]"  # starts each line that the report prints for a step
 TAIL_LINES = 25
+REPORT = "report.json"
 
 
 def run_key(run: Run, machine: Machine, sources: Sequence[Path], data: str) -> str:
@@ -46,25 +47,15 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     try:
         if (folder / "key").read_text(encoding="utf-8").strip() != key:
             return None
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return report
 
 
-def train(
-    run: Run, machine: Machine, script: Path, folder: Path, key: str, show: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run `run` to its end and return its report; `show` gets one line a step.
-
-    The whole output goes to `<folder>/log.txt`. Raises SeqParError with the end of that output when
-    the run fails; an interrupt ends the ranks before it passes on.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    report = folder / "report.json"
-    for stale in (report, folder / "key"):
-        stale.unlink(missing_ok=True)
-    command = [
+def launch_command(run: Run, machine: Machine, script: Path, report: Path) -> list[str]:
+    """The command line that trains `run` and leaves its report."""
+    return [
         sys.executable,
         "-m",
         "megatron_seqpar",
@@ -78,13 +69,32 @@ def train(
         "--seqpar-report",
         str(report),
     ]
+
+
+def train(
+    label: str,
+    command: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    key: str,
+    show: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run `command` to its end and return the report it wrote to `<folder>/report.json`.
+
+    `show` gets one line a step; the whole output goes to `<folder>/log.txt`. Raises SeqParError
+    with the end of that output when the run fails; an interrupt ends the ranks before it passes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / REPORT
+    for stale in (report, folder / "key"):
+        stale.unlink(missing_ok=True)
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=machine.environment(),
+        env=environment,
         text=True,
         errors="replace",
         start_new_session=True,  # so that its ranks can be ended with it
@@ -105,8 +115,7 @@ def train(
     if status != 0 or not report.is_file():
         end = "\n".join(tail)
         raise SeqParError(
-            f"the run {run.label} failed with status {status}; the end of {folder / 'log.txt'}:\n"
-            f"{end}"
+            f"the run {label} failed with status {status}; the end of {folder / 'log.txt'}:\n{end}"
         )
     (folder / "key").write_text(key + "\n", encoding="utf-8")
     result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_seqpar.quickstart.plan import Run
 
 CPU = Machine("cpu", "CPU", 1)
 
-# A script for the launcher that behaves like a training run, without Megatron.
+# Scripts that behave like a training run, without Megatron.
 TRAINS = """
 import json, sys
 print("noise")
@@ -27,6 +29,11 @@ import sys
 print("the reason")
 sys.exit(3)
 """
+
+
+def train(source: Path, folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
+    command = [sys.executable, "-u", str(source), "--seqpar-report", str(folder / runs.REPORT)]
+    return runs.train("label", command, dict(os.environ), folder, "key", show)
 
 
 def a_run(*arguments: str, ranks: int = 1) -> Run:
@@ -43,7 +50,7 @@ def test_a_run_shows_its_steps_and_is_reused(tmp_path: Path) -> None:
     lines: list[str] = []
     source = script(tmp_path, TRAINS)
     folder = tmp_path / "run"
-    report = runs.train(a_run(), CPU, source, folder, "key", lines.append)
+    report = train(source, folder, lines.append)
     assert report == {"steps": [1]}
     assert lines == ["step 1/1, loss 2.5"]
     assert "noise" in (folder / "log.txt").read_text(encoding="utf-8")
@@ -53,9 +60,9 @@ def test_a_run_shows_its_steps_and_is_reused(tmp_path: Path) -> None:
 
 def test_a_failed_run_says_why_and_is_not_reused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    runs.train(a_run(), CPU, script(tmp_path, TRAINS), folder, "key", lambda line: None)
-    with pytest.raises(SeqParError, match=r"(?s)label failed with status .*the reason"):
-        runs.train(a_run(), CPU, script(tmp_path, FAILS), folder, "key", lambda line: None)
+    train(script(tmp_path, TRAINS), folder, lambda line: None)
+    with pytest.raises(SeqParError, match=r"(?s)label failed with status 3.*the reason"):
+        train(script(tmp_path, FAILS), folder, lambda line: None)
     assert runs.finished(folder, "key") is None
 
 
@@ -71,10 +78,18 @@ time.sleep(600)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.train(a_run(), CPU, script(tmp_path, waits), tmp_path / "run", "key", interrupt)
+        train(script(tmp_path, waits), tmp_path / "run", interrupt)
     pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_the_command_goes_through_the_launcher() -> None:
+    command = runs.launch_command(a_run("--x", ranks=2), CPU, Path("s.py"), Path("r.json"))
+    assert command[1:] == [
+        *("-m", "megatron_seqpar", "run", "--nproc", "2", "--device", "cpu", "s.py", "--x"),
+        *("--seqpar-report", "r.json"),
+    ]
 
 
 def test_the_key_covers_what_decides_the_result(tmp_path: Path) -> None:

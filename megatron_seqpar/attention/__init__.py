@@ -19,13 +19,14 @@ from .schedules import build_schedule
 if TYPE_CHECKING:
     from .api import dist_flash_attention
     from .counters import Counters
-    from .transport import ProcessGroupTransport, ThreadTransport, Transport
+    from .transport import LocalTransport, ProcessGroupTransport, ThreadTransport, Transport
 
 __all__ = [
     "Causal",
     "ContiguousLayout",
     "Counters",
     "Full",
+    "LocalTransport",
     "Mask",
     "Payload",
     "Problem",
@@ -46,6 +47,7 @@ __all__ = [
 _LAZY = {
     "dist_flash_attention": "api",
     "Counters": "counters",
+    "LocalTransport": "transport",
     "ProcessGroupTransport": "transport",
     "ThreadTransport": "transport",
     "Transport": "transport",

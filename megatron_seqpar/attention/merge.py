@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sum up partial results: outputs by their log-sum-exp, gradients plainly, both in fp32 (fp64: fp64).
+"""Sum up partial results: outputs by their log-sum-exp, gradients plainly, in fp32 (fp64: fp64).
 
 Low-precision partials are never added to one another in low precision: errors would grow with the
 number of ranks. A single partial that covers the whole range is kept as it came.

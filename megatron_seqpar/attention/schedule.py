@@ -155,7 +155,7 @@ class Problem:
             )
 
     def payload_bytes(self, payload: Payload, tokens: int, item_size: int) -> int:
-        """Bytes of a payload for `tokens` tokens of one sample; LSE and delta in fp32 (fp64: fp64)."""
+        """Bytes of a payload for `tokens` tokens of one sample; statistics in fp32 (fp64: fp64)."""
         stat = 8 if item_size == 8 else 4
         q, out = self.query_heads * self.head_dim, self.query_heads * self.value_dim
         kv = self.kv_heads * (self.head_dim + self.value_dim)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import linecache
 import os
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
+from typing import NoReturn
 
 from megatron_seqpar.errors import SeqParError
 
@@ -99,29 +101,41 @@ def report(error: BaseException) -> None:
         return
     own = isinstance(error, SeqParError) or lost_peer(error)
     say(f"{rank_prefix()} error: {short}{'' if own else _HINT}")
-    # half-built objects would add their own complaints while the interpreter shuts down
-    sys.unraisablehook = lambda unraisable: None
 
 
-def leave_within(seconds: float, code: int) -> None:
-    """End the process with `code` even if its threads or process groups keep it from leaving."""
-    timer = threading.Timer(seconds, os._exit, args=(code,))
+def leave(code: int) -> NoReturn:
+    """End the process with `code`: exit handlers run, but nothing is torn down after them.
+
+    Other ranks may hang in a collective with this one; closing its process groups could wait for
+    them, and torch's threads abort an interpreter that shuts down under them.
+    """
+    timer = threading.Timer(EXIT_GRACE_SECONDS, os._exit, args=(code,))
     timer.daemon = True
     timer.start()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
 def reporting_failures() -> Iterator[None]:
-    """Report an error of the body and exit with status 1."""
+    """Report an error of the body and end the process with status 1, or the one it asks for."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        reported.set()
+        if isinstance(leaving.code, str):
+            say(f"{rank_prefix()} {leaving.code}")
+        leave(leaving.code if isinstance(leaving.code, int) else 1)
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
         reported.set()
         report(error)
-        leave_within(EXIT_GRACE_SECONDS, 1)
         if lost_peer(error):
             # let torchrun see the rank that failed first, and name that one
             time.sleep(LOST_PEER_SECONDS)
-        raise SystemExit(1) from None
+        leave(1)

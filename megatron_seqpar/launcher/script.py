@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import os
@@ -18,7 +19,7 @@ from .argument_errors import asks_for_help, short_argument_errors, tolerant_help
 from .dataset_helpers import use_built_helpers
 from .device import resolve_device
 from .environment import single_process, under_torchrun
-from .failures import reporting_failures
+from .failures import reported, reporting_failures
 from .stop_signal import explain_stop
 
 
@@ -38,6 +39,7 @@ def run_script(
     if not under_torchrun():
         single_process()
     explain_stop()
+    atexit.register(_close_process_groups)
     with reporting_failures():
         path = existing_script(script)
         cpu_runtime.prepare_environment()
@@ -51,13 +53,7 @@ def run_script(
         use_built_helpers()
         if plugin:
             install_plugin()
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as leaving:
-            if not leaving.code:
-                _close_process_groups()
-            raise
-        _close_process_groups()
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def existing_script(script: str | os.PathLike[str]) -> Path:
@@ -69,13 +65,6 @@ def existing_script(script: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _close_process_groups() -> None:
-    """End what the script left running: gloo's threads would abort a process that exits on them."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 def install_plugin() -> None:
     """Patch Megatron with the sequence-parallel axis; SeqParError where Megatron is missing."""
     if importlib.util.find_spec("megatron") is None:
@@ -85,6 +74,16 @@ def install_plugin() -> None:
         )
     importlib.import_module("megatron.core")
     importlib.import_module("megatron_seqpar.integration").install()
+
+
+def _close_process_groups() -> None:
+    """End what a run that succeeded leaves: gloo's threads can abort a process that exits on them.
+
+    Registered before the script runs, so that its own exit handlers still have the groups.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and not reported.is_set() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _enter_folder_of(script: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,61 +13,17 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
-TINY = [
-    "--num-layers",
-    "2",
-    "--hidden-size",
-    "64",
-    "--num-attention-heads",
-    "4",
-    "--seq-length",
-    "64",
-    "--max-position-embeddings",
-    "64",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "4",
-    "--train-iters",
-    "4",
-    "--lr",
-    "1e-3",
-    "--lr-decay-iters",
-    "10",
-    "--min-lr",
-    "1e-4",
-    "--weight-decay",
-    "0.01",
-    "--mock-data",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "127",
-    "--split",
-    "90,5,5",
-    "--seed",
-    "7",
-    "--log-interval",
-    "1",
-    "--eval-iters",
-    "0",
-    "--eval-interval",
-    "100",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--normalization",
-    "RMSNorm",
-    "--swiglu",
-    "--group-query-attention",
-    "--num-query-groups",
-    "2",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
-]
+TINY = shlex.split(
+    """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+    --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4
+    --train-iters 4 --lr 1e-3 --lr-decay-iters 10 --min-lr 1e-4 --weight-decay 0.01
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --split 90,5,5 --seed 7
+    --log-interval 1 --eval-iters 0 --eval-interval 100 --attention-dropout 0 --hidden-dropout 0
+    --normalization RMSNorm --swiglu --group-query-attention --num-query-groups 2
+    --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights
+    """
+)
 LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+) ")
 
 

@@ -21,7 +21,7 @@ refuses where there is a GPU. It finds errors of logic, not of stream order, NCC
     child.py, site/    child processes
 """
 
-from .activation import activate, is_active, prepare_environment, units
+from .activation import activate, is_active, share_cores, units
 from .arguments import cpu_arguments
 
-__all__ = ["activate", "cpu_arguments", "is_active", "prepare_environment", "units"]
+__all__ = ["activate", "cpu_arguments", "is_active", "share_cores", "units"]

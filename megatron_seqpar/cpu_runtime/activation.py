@@ -54,10 +54,8 @@ def default_threads() -> int:
     return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def prepare_environment() -> None:
-    """Set what must be in the environment before torch is imported; values already set win."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def share_cores() -> None:
+    """Set OMP_NUM_THREADS, unless it is set, before torch is imported and reads it."""
     os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
 
 
@@ -72,7 +70,7 @@ def activate(*, leave_out: Iterable[str] = ()) -> None:
     global _active
     if _active:
         return
-    prepare_environment()
+    share_cores()
     import torch
 
     if torch.cuda.is_available():
@@ -87,6 +85,8 @@ def activate(*, leave_out: Iterable[str] = ()) -> None:
             "megatron_seqpar.cpu_runtime.activate() first, or start the script with "
             "`python -m megatron_seqpar run --device cpu SCRIPT`"
         )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     skipped = set(leave_out)
     for name, each in units().items():
         if name not in skipped:

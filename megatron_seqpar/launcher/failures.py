@@ -8,6 +8,7 @@ import contextlib
 import linecache
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -131,7 +132,9 @@ def reporting_failures() -> Iterator[None]:
             say(f"{rank_prefix()} {leaving.code}")
         leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
-        raise
+        reported.set()
+        say(f"{rank_prefix()} interrupted")
+        leave(128 + signal.SIGINT)
     except BaseException as error:
         reported.set()
         report(error)

@@ -42,9 +42,12 @@ def run_script(
     atexit.register(_close_process_groups)
     with reporting_failures():
         path = existing_script(script)
-        cpu_runtime.prepare_environment()
+        cpu_runtime.share_cores()
         if resolve_device(device) == "cpu":
             cpu_runtime.activate()
+        elif plugin:
+            # Megatron demands it below Blackwell where the axis (in CP's place) is larger than 1
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _enter_folder_of(path)
         sys.argv = [str(script), *args]
         short_argument_errors()

@@ -11,9 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from .failures import rank_prefix, reported, say
+
+INTERRUPT_SECONDS = 5.0
+"""What a script has to clean up in after Ctrl-C."""
 
 
 def _handler(number: int, frame: FrameType | None) -> None:
@@ -48,3 +52,8 @@ def _watch(reader: int) -> None:
             if not reported.is_set():
                 say(f"{rank_prefix()} stopped: another rank failed, or the run was cancelled")
             os._exit(128 + signal.SIGTERM)
+        if signal.SIGINT in data and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # the main thread raises KeyboardInterrupt, unless it waits in a collective
+            time.sleep(INTERRUPT_SECONDS)
+            say(f"{rank_prefix()} interrupted")
+            os._exit(128 + signal.SIGINT)

@@ -71,8 +71,8 @@ def launch(
     existing_script(script)
     os.environ["LOCAL_WORLD_SIZE"] = str(nproc)
     try:
+        cpu_runtime.share_cores()
         resolve_device(device)
-        cpu_runtime.prepare_environment()
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
     arguments = torchrun_arguments(

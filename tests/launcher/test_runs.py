@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of scripts through the launcher: what they are given, and what failures look like."""
 
+import os
+import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -131,27 +134,35 @@ def test_an_error_of_the_scripts_own_keeps_its_traceback(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("processes", "arguments", "message"),
     [
         (
+            2,
             ["--tensor-model-parallel-size", "3"],
             "world size (2) is not divisible by total_model_size",
         ),
         (
+            2,
             ["--data-path", "/no/such/corpus"],
             ".idx and .bin files cannot be found at the path prefix /no/such/corpus",
         ),
-        (["--fp8-format", "hybrid"], "--fp8-format needs a GPU and this run has none; use --bf16"),
-        (["--num-layer", "2"], "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
+        (
+            1,
+            ["--fp8-format", "hybrid"],
+            "--fp8-format needs a GPU and this run has none; use --bf16",
+        ),
+        (1, ["--num-layer", "2"], "arguments: --num-layer 2; did you mean --num-layers?"),
     ],
     ids=["world-size", "dataset", "fp8", "misspelt"],
 )
-def test_what_megatron_refuses_is_a_line_a_rank(arguments: list[str], message: str) -> None:
+def test_what_megatron_refuses_is_a_line_a_rank(
+    processes: int, arguments: list[str], message: str
+) -> None:
     shared = [each for each in TINY if each != "--mock-data" or "--data-path" not in arguments]
-    run = run_launcher("--nproc=2", "--device=cpu", str(SCRIPT), *shared, *arguments)
+    run = run_launcher(f"--nproc={processes}", str(SCRIPT), *shared, *arguments)
     assert run.status in (1, 2)
     said = [line for line in run.error_lines if line.startswith("[rank ")]
-    assert {line[:10] for line in said} == {"[rank 0/2]", "[rank 1/2]"}
+    assert {line[:10] for line in said} == {f"[rank {i}/{processes}]" for i in range(processes)}
     assert any(message in line for line in said), run.stderr
     assert all(message in line or "stopped:" in line for line in said), run.stderr
     assert len(run.error_lines) <= 5
@@ -162,3 +173,35 @@ def test_the_script_gets_the_launchers_interpreter(tmp_path: Path) -> None:
     script = write(tmp_path, "who.py", "import sys\nprint('EXE', sys.executable)\n")
     run = run_launcher("--device=cpu", script)
     assert f"EXE {sys.executable}" in run.stdout
+
+
+def test_an_interrupt_is_a_line_a_rank(tmp_path: Path) -> None:
+    waits = """
+        import time
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        print("READY", flush=True)
+        if dist.get_rank() == 0:
+            time.sleep(60)
+        dist.barrier()
+    """
+    script = write(tmp_path, "waits.py", waits)
+    command = [sys.executable, "-m", "megatron_seqpar", "run", "--no-plugin", "--nproc=2", script]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == process.stdout.readline() == "READY\n"
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+        assert process.wait(60) == 130
+        lines = process.stderr.read().splitlines()
+    assert "[rank 0/2] interrupted" in lines
+    assert lines[-1] == "megatron-seqpar: stopped by SIGINT; all ranks stopped"
+    assert not any("Traceback" in line for line in lines), lines

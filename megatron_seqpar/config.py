@@ -73,8 +73,9 @@ class SeqParConfig:
     recompute: str = _flag(
         "none",
         "--seqpar-recompute",
-        "What the plugin recomputes on top of Megatron's own --recompute-* flags.",
-        choices=("none",),
+        "'attention-output' repeats each layer in backward except its attention, whose output "
+        "is kept; it takes the place of Megatron's --recompute-granularity.",
+        choices=("none", "attention-output"),
     )
     overlap: bool = _flag(
         True,
@@ -115,10 +116,11 @@ class SeqParConfig:
     def replaces_core_attention(self) -> bool:
         """Whether Megatron's core attention gives way to ours.
 
-        With one rank that happens only when a kernel is named, so that size 1 and stock tensor
-        parallelism can be compared with the axis on the very same attention kernel.
+        With one rank that happens when a kernel is named, so that size 1 and stock tensor
+        parallelism can be compared with the axis on the very same attention kernel, and when our
+        recomputation is asked for, which needs what our attention returns.
         """
-        return self.active or self.kernel != "auto"
+        return self.active or self.kernel != "auto" or self.recompute != "none"
 
 
 def destination(field_name: str) -> str:

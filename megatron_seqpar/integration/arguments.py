@@ -80,7 +80,20 @@ def context(config: SeqParConfig) -> str:
     """How refusals name what turned our attention on."""
     if config.active:
         return f"--sequence-parallel-size {config.sequence_parallel_size}"
-    return f"--seqpar-kernel {config.kernel}"
+    if config.kernel != "auto":
+        return f"--seqpar-kernel {config.kernel}"
+    return f"--seqpar-recompute {config.recompute}"
+
+
+def refuse_recompute(source: Any, config: SeqParConfig, scope: str) -> None:
+    """Refuse what our recomputation does not go together with. Raises `UnsupportedError`."""
+    if config.recompute != "none":
+        refusals.refuse(
+            source,
+            f"--seqpar-recompute {config.recompute}",
+            scope,
+            table=refusals.RECOMPUTE_REFUSALS,
+        )
 
 
 def check_names(config: SeqParConfig) -> None:
@@ -100,6 +113,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         config = state.config()
+        refuse_recompute(args, config, refusals.ARGUMENTS)
         if not config.active:
             if config.replaces_core_attention:
                 refusals.refuse(args, context(config), refusals.CONFIG)
@@ -107,6 +121,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_late(args, config)
         result = _validate_without_pairing(original, args, rest, kwargs, config)
         _refuse_late(args, config)
+        refuse_recompute(args, config, refusals.ARGUMENTS)
         return result
 
     return validate_args

@@ -8,6 +8,7 @@ are those of the stock model.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_seqpar.attention import Causal, Full, Mask
+from megatron_seqpar.attention import Causal, Full, Mask, dist_flash_attention
 from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, axis, refusals, state
+from megatron_seqpar.integration import arguments, axis, recompute, refusals, state
 
 _MASKS: dict[AttnMaskType, Mask] = {
     AttnMaskType.causal: Causal(),
@@ -59,6 +60,7 @@ class SeqParCoreAttention(MegatronModule):
             )
         table = [row for row in refusals.REFUSALS if row.attribute != "context_parallel_size"]
         refusals.refuse(config, context, refusals.CONFIG, table=table)
+        arguments.refuse_recompute(config, settings, refusals.CONFIG)
         if attention_dropout:
             raise UnsupportedError(
                 f"attention_dropout {attention_dropout} with {context}: set --attention-dropout 0."
@@ -127,9 +129,8 @@ class SeqParCoreAttention(MegatronModule):
                 f"{key.shape[0]} keys for {query.shape[0]} queries with {context}: generation "
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
-        from megatron_seqpar.attention import dist_flash_attention
-
-        output = dist_flash_attention(
+        compute = functools.partial(
+            dist_flash_attention,
             query,
             key,
             value,
@@ -140,7 +141,9 @@ class SeqParCoreAttention(MegatronModule):
             tensor_layout="sbhd",
             kernel=settings.kernel,
             deterministic=bool(self.config.deterministic_mode),
+            return_lse=True,
             overlap=settings.overlap,
         )
-        assert isinstance(output, torch.Tensor)  # a pair only when the log-sum-exp is asked for
+        keepsake = recompute.current()
+        output = compute()[0] if keepsake is None else keepsake.attend(compute)
         return output.flatten(2)

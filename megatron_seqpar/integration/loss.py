@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_seqpar.integration import axis, state
+from megatron_seqpar.integration import state
 
 
 def correction(num_tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -62,15 +62,15 @@ def wrap_forward_step_calc_loss(original: Callable[..., Any]) -> Callable[..., A
     def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         arguments = bound.arguments
-        per_token = arguments["config"].calculate_per_token_loss
-        if state.active() and not per_token and arguments["loss_func"] is not None:
-            if not arguments["collect_non_loss_data"]:
-                # The stock group, not attention's: this is a collective among other collectives.
-                from megatron.core import parallel_state
+        averages = not (
+            arguments["config"].calculate_per_token_loss or arguments["collect_non_loss_data"]
+        )
+        if state.active() and averages and arguments["loss_func"] is not None:
+            # The stock group, not attention's: this is a collective among other collectives.
+            from megatron.core import parallel_state
 
-                axis.current()
-                group = parallel_state.get_context_parallel_group()
-                arguments["loss_func"] = exact(arguments["loss_func"], group)
+            group = parallel_state.get_context_parallel_group()
+            arguments["loss_func"] = exact(arguments["loss_func"], group)
         return original(*bound.args, **bound.kwargs)
 
     forward_step_calc_loss.__doc__ = original.__doc__

@@ -6,7 +6,17 @@ The documentation's table of patch points is generated from this one, and a test
 
 from __future__ import annotations
 
-from megatron_seqpar.integration import arguments, axis, batch, loss, mamba, roll, rotary, spec
+from megatron_seqpar.integration import (
+    arguments,
+    axis,
+    batch,
+    loss,
+    mamba,
+    recompute,
+    roll,
+    rotary,
+    spec,
+)
 from megatron_seqpar.integration.patching import PatchPoint
 
 _ALL = ("0.16", "0.19")
@@ -118,6 +128,12 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         spec.wrap_mamba_model_init,
         _OLD,
         "puts our core attention into the stack spec and audits the built model",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.transformer_layer.TransformerLayer.forward",
+        recompute.wrap_transformer_layer_forward,
+        _ALL,
+        "recomputes a layer without repeating attention, when asked",
     ),
     PatchPoint(
         "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",

@@ -295,14 +295,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _BOTH,
     ),
     Refusal(
-        "--use-tp-pp-dp-mapping",
-        "use_tp_pp_dp_mapping",
-        _set,
-        "it orders ranks with pipeline stages inside the data-parallel axis, an order the axis "
-        "was not checked with",
-        "Keep Megatron's default rank order",
-    ),
-    Refusal(
         "--inprocess-restart",
         "inprocess_restart",
         _set,
@@ -318,6 +310,49 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use --tensor-model-parallel-size and --use-distributed-optimizer",
     ),
 )
+
+RECOMPUTE_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--recompute-granularity",
+        "recompute_granularity",
+        _set,
+        "both would checkpoint the same layers",
+        "Drop one of the two",
+        _BOTH,
+    ),
+    Refusal(
+        "--recompute-activations",
+        "recompute_activations",
+        _set,
+        "both would checkpoint the same layers",
+        "Drop one of the two",
+    ),
+    Refusal(
+        "--fp8-format",
+        "fp8",
+        _set,
+        "repeating a layer in FP8 needs Transformer Engine's own checkpointing",
+        "Use --recompute-granularity",
+        _BOTH,
+    ),
+    Refusal(
+        "--fp4-format",
+        "fp4",
+        _set,
+        "repeating a layer in FP4 needs Transformer Engine's own checkpointing",
+        "Use --recompute-granularity",
+        _BOTH,
+    ),
+    Refusal(
+        "--cpu-offloading-num-layers",
+        "cpu_offloading_num_layers",
+        _set,
+        "offloading hooks the tensors that a checkpointed layer does not save",
+        "Drop one of the two",
+        _BOTH,
+    ),
+)
+"""What does not go together with `--seqpar-recompute`, whatever the SP size."""
 
 
 def refuse(source: Any, context: str, scope: str, *, table: Iterable[Refusal] = REFUSALS) -> None:

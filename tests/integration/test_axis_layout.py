@@ -103,6 +103,20 @@ def test_expert_parallelism_leaves_the_axis_alone(fake_world):
     assert ps.get_sequence_parallel_global_ranks() == expected_axes(2, 4, 2, 1)[5]
 
 
+def test_order_with_pipeline_inside_data_parallelism(fake_world):
+    """`--use-tp-pp-dp-mapping`: the axis still varies right after tensor parallelism."""
+    install(SeqParConfig(sequence_parallel_size=3))
+    fake_world(9, 24)
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        order="tp-cp-ep-pp-dp",
+        create_gloo_process_groups=False,
+    )
+    assert ps.get_sequence_parallel_global_ranks() == [7, 9, 11]
+    assert ps.get_pipeline_model_parallel_rank() == 1
+
+
 def test_collection_carries_the_axis(fake_world):
     from megatron.core.process_groups_config import ProcessGroupCollection
 

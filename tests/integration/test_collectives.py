@@ -29,7 +29,7 @@ def pool():
 
 
 def groups(rank):
-    """(group, rank in it, size) of the world and of the ranks [1, 2], where this rank is in them."""
+    """(group, rank in it, size) of the world and of the ranks [1, 2], where `rank` is in them."""
     pair = dist.new_group([1, 2])
     yield dist.new_group([0, 1, 2]), rank, 3
     if rank in (1, 2):

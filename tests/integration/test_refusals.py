@@ -42,7 +42,6 @@ WRONG = {
     "use_megatron_fsdp": True,
     "use_torch_fsdp2": True,
     "fine_grained_activation_offloading": True,
-    "use_tp_pp_dp_mapping": True,
     "inprocess_restart": True,
     "gtp_weight_remat_size": 2,
 }

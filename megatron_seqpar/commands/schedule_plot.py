@@ -74,7 +74,7 @@ def save(schedule: Schedule, dtype: str, path: Path) -> None:
     figure.suptitle(_title(schedule, dtype), fontsize=11)
     _legend(figure, schedule)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120)
     except (OSError, ValueError) as failure:
         raise SeqParError(f"--plot {path}: {failure}") from None
 

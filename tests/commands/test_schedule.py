@@ -103,8 +103,8 @@ def test_plot(tmp_path: Path, suffix: str) -> None:
     if suffix == ".png":
         assert data.startswith(b"\x89PNG")
         width, height = struct.unpack(">II", data[16:24])
-        assert width > 1500
-        assert height > 700
+        assert width > 1200
+        assert height > 600
     else:
         text = data.decode()
         assert "<svg" in text

@@ -30,6 +30,16 @@ class Counters:
         self.bytes += size
         self.bytes_by_kind[kind] += size
 
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """Plain values, for a report."""
+        return {
+            "messages": self.messages,
+            "bytes": self.bytes,
+            "bytes_by_kind": dict(self.bytes_by_kind),
+            "forward_calls": self.forward_calls,
+            "backward_calls": self.backward_calls,
+        }
+
     def reset(self) -> None:
         """Start again from zero."""
         self.messages = self.bytes = self.forward_calls = self.backward_calls = 0

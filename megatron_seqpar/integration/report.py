@@ -30,6 +30,7 @@ from megatron.training import get_args
 import megatron_seqpar
 from megatron_seqpar import cpu_runtime
 from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.integration import axis
 from megatron_seqpar.integration.patching import Patcher, PatchPoint
 from megatron_seqpar.telemetry.memory import memory_use
 from megatron_seqpar.telemetry.traffic import Traffic, TrafficMeter
@@ -118,6 +119,8 @@ class _Recorder:
             "peak_memory_bytes": use.peak,
             "traffic_by_kind": _plain(self.traffic.by_kind),
             "traffic_by_group": _plain(self.traffic.by_group),
+            "sp_rank": axis.current().rank if axis.initialized() else 0,
+            "attention": _attention_counts(),
             "steps": [asdict(step) for step in self.steps],
         }
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -310,6 +313,12 @@ def _synchronize() -> None:
 
 def _plain(traffic: dict[str, Traffic]) -> dict[str, dict[str, int]]:
     return {name: asdict(value) for name, value in sorted(traffic.items())}
+
+
+def _attention_counts() -> dict[str, Any] | None:
+    """What this rank's attention sent and computed over the axis; None without an axis."""
+    transport = axis.current().transport if axis.initialized() else None
+    return None if transport is None else transport.counters.as_dict()
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a pretraining script on mock data whose loss mask is gathered in one place.
+"""Run a pretraining script with its loss mask gathered in one place.
 
     megatron-seqpar run --nproc N tests/integration/mask_tokens.py FRACTION SCRIPT ARGS
 
@@ -16,18 +16,25 @@ from typing import Any
 
 
 def install(fraction: float) -> None:
-    """Mask the first `fraction` of each mock sample, a little more in every second one."""
-    from megatron.core.datasets.gpt_dataset import MockGPTDataset
+    """Mask the first `fraction` of each sample, a little more in every second one."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
-    original = MockGPTDataset.__getitem__
+    for dataset in (GPTDataset, MockGPTDataset):
+        if "__getitem__" in vars(dataset):
+            _mask(dataset, fraction)
+
+
+def _mask(dataset: type, fraction: float) -> None:
+    original = dataset.__getitem__
 
     def __getitem__(self: Any, index: int) -> dict[str, Any]:
         sample = original(self, index)
         mask = sample["loss_mask"].clone()
-        mask[: int(fraction * mask.numel()) + 7 * (index % 2)] = 0
+        # megatron asks for a sample without an index where it pads an incomplete batch
+        mask[: int(fraction * mask.numel()) + 7 * ((index or 0) % 2)] = 0
         return {**sample, "loss_mask": mask}
 
-    MockGPTDataset.__getitem__ = __getitem__
+    dataset.__getitem__ = __getitem__
 
 
 if __name__ == "__main__":

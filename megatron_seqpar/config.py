@@ -149,7 +149,8 @@ def add_arguments(
         if meta["negated"]:
             keywords["action"] = "store_false"
         else:
-            keywords["type"] = int if field.name == "sequence_parallel_size" else str
+            # A wrong number is reported by `from_namespace`, like every other wrong value.
+            keywords["type"] = str
             keywords["metavar"] = meta["metavar"]
             if meta["choices"] is not None:
                 keywords["metavar"] = "{" + ",".join(meta["choices"]) + "}"
@@ -167,4 +168,11 @@ def from_namespace(namespace: Any) -> SeqParConfig:
         for field in dataclasses.fields(SeqParConfig)
         if hasattr(namespace, destination(field.name))
     }
+    size = values.get("sequence_parallel_size", 1)
+    try:
+        values["sequence_parallel_size"] = int(size)
+    except ValueError:
+        raise UnsupportedError(
+            f"--sequence-parallel-size {size}: not a number. Use 1 or more."
+        ) from None
     return SeqParConfig(**values)

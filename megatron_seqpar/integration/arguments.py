@@ -54,6 +54,7 @@ def fold(args: Any) -> None:
     if getattr(args, _FOLDED, False):
         return
     config = settings.from_namespace(args)
+    args.sequence_parallel_size = config.sequence_parallel_size
     check_names(config)
     state.set_config(config)
     if config.active:

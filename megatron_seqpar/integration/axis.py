@@ -133,9 +133,13 @@ def build(timeout_minutes: float) -> Axis:
     cp_group = parallel_state.get_context_parallel_group()
     global_ranks = tuple(dist.get_process_group_ranks(cp_group))
     size = len(global_ranks)
+    timeout = timedelta(minutes=timeout_minutes)
     if not state.active():
-        # One rank, or stock context parallelism that the user runs without our axis.
-        _axis = Axis(cp_group, global_ranks, dist.get_rank(cp_group), transport=None)
+        here = dist.get_rank()
+        alone = cp_group
+        if size > 1:  # stock context parallelism, which is not our axis
+            alone = _new_group((here,), timeout)
+        _axis = Axis(alone, (here,), 0, transport=None)
         return _axis
     if size != state.config().sequence_parallel_size:
         raise UnsupportedError(
@@ -143,18 +147,25 @@ def build(timeout_minutes: float) -> Axis:
             f"context-parallel group has {size} ranks; initialise Megatron with "
             "context_parallel_size equal to the sequence-parallel size."
         )
-    group = parallel_state.create_group(
-        list(global_ranks),
-        timeout=timedelta(minutes=timeout_minutes),
-        use_local_synchronization=True,
-        group_desc="SEQUENCE_PARALLEL_GROUP",
-    )
+    group = _new_group(global_ranks, timeout)
     warm = torch.zeros(1, device=_communication_device(group))
     dist.all_reduce(warm, group=group)
     from megatron_seqpar.attention.transport import ProcessGroupTransport
 
     _axis = Axis(group, global_ranks, dist.get_rank(group), ProcessGroupTransport(group))
     return _axis
+
+
+def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
+    """A communicator that only its members take part in making."""
+    from megatron.core import parallel_state
+
+    return parallel_state.create_group(
+        list(ranks),
+        timeout=timeout,
+        use_local_synchronization=True,
+        group_desc="SEQUENCE_PARALLEL_GROUP",
+    )
 
 
 def _communication_device(group: dist.ProcessGroup) -> torch.device:

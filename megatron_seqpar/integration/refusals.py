@@ -30,6 +30,7 @@ class Refusal:
     alternative: what to use instead.
     scopes: where the attribute lives; rows of the config scope also guard core attention when it
         replaces Megatron's on one rank.
+    when: a further condition on the namespace or config that the attribute comes from.
     """
 
     flag: str
@@ -38,6 +39,13 @@ class Refusal:
     reason: str
     alternative: str
     scopes: tuple[str, ...] = (ARGUMENTS,)
+    when: Callable[[Any], bool] = lambda source: True
+
+    def found_in(self, source: Any) -> bool:
+        """Whether `source` has the attribute with a value that is refused."""
+        if not hasattr(source, self.attribute):
+            return False
+        return self.applies(getattr(source, self.attribute)) and self.when(source)
 
     def message(self, value: Any, context: str) -> str:
         """The refusal's text, e.g. '--sft True with --sequence-parallel-size 2: ...'."""
@@ -64,6 +72,13 @@ def _not(*allowed: Any) -> Callable[[Any], bool]:
 def _has_layers(symbols: str) -> Callable[[Any], bool]:
     """Whether a hybrid layer pattern holds one of the layer symbols."""
     return lambda pattern: pattern is not None and any(symbol in pattern for symbol in symbols)
+
+
+def _fused_latent_rope(source: Any) -> bool:
+    return bool(
+        getattr(source, "multi_latent_attention", False)
+        and getattr(source, "apply_rope_fusion", False)
+    )
 
 
 _BOTH = (ARGUMENTS, CONFIG)
@@ -193,18 +208,25 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--hybrid-layer-pattern",
         "hybrid_layer_pattern",
-        _has_layers("DG+"),
-        "sparse-attention (D), gated-delta-net (G) and latent-attention (+) layers are not "
-        "split over the axis",
-        "Use attention (*), Mamba (M), MLP (-) and MoE (E) layers",
+        _has_layers("DG"),
+        "sparse-attention (D) and gated-delta-net (G) layers are not split over the axis",
+        "Use attention (*), latent attention (+), Mamba (M), MLP (-) and MoE (E) layers",
     ),
     Refusal(
-        "--multi-latent-attention",
-        "multi_latent_attention",
+        "--rope-type",
+        "rope_type",
+        lambda value: value == "yarn",
+        "the fused rotary embedding of latent attention with YaRN assumes the stock token order",
+        "Add --no-rope-fusion or use --rope-type rope",
+        _BOTH,
+        when=_fused_latent_rope,
+    ),
+    Refusal(
+        "--cache-mla-latents",
+        "cache_mla_latents",
         _set,
-        "latent attention has key and value heads of different width, and its fused rotary "
-        "embedding with YaRN assumes the stock token order",
-        "Use grouped-query attention",
+        "it is for generation, which the axis does not serve",
+        "Drop --cache-mla-latents",
         _BOTH,
     ),
     Refusal(
@@ -295,6 +317,15 @@ REFUSALS: tuple[Refusal, ...] = (
         _BOTH,
     ),
     Refusal(
+        "--use-tp-pp-dp-mapping",
+        "use_tp_pp_dp_mapping",
+        _set,
+        "with pipeline stages inside the data-parallel axis Megatron wants attention and experts "
+        "to have the same data-parallel size, which no split of the sequence leaves them",
+        "Keep Megatron's default rank order",
+        when=lambda source: getattr(source, "pipeline_model_parallel_size", 1) > 1,
+    ),
+    Refusal(
         "--inprocess-restart",
         "inprocess_restart",
         _set,
@@ -364,9 +395,7 @@ def refuse(source: Any, context: str, scope: str, *, table: Iterable[Refusal] = 
     found = [
         row.message(getattr(source, row.attribute), context)
         for row in table
-        if scope in row.scopes
-        and hasattr(source, row.attribute)
-        and row.applies(getattr(source, row.attribute))
+        if scope in row.scopes and row.found_in(source)
     ]
     if found:
         raise UnsupportedError("\n".join(found))

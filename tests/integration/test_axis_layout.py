@@ -103,20 +103,6 @@ def test_expert_parallelism_leaves_the_axis_alone(fake_world):
     assert ps.get_sequence_parallel_global_ranks() == expected_axes(2, 4, 2, 1)[5]
 
 
-def test_order_with_pipeline_inside_data_parallelism(fake_world):
-    """`--use-tp-pp-dp-mapping`: the axis still varies right after tensor parallelism."""
-    install(SeqParConfig(sequence_parallel_size=3))
-    fake_world(9, 24)
-    ps.initialize_model_parallel(
-        tensor_model_parallel_size=2,
-        pipeline_model_parallel_size=2,
-        order="tp-cp-ep-pp-dp",
-        create_gloo_process_groups=False,
-    )
-    assert ps.get_sequence_parallel_global_ranks() == [7, 9, 11]
-    assert ps.get_pipeline_model_parallel_rank() == 1
-
-
 def test_collection_carries_the_axis(fake_world):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -134,6 +120,15 @@ def test_size_one_makes_no_communicator(fake_world):
     ps.initialize_model_parallel(create_gloo_process_groups=False)
     assert ps.get_sequence_parallel_world_size() == 1
     assert ps.get_sequence_parallel_group() is ps.get_context_parallel_group()
+
+
+def test_stock_context_parallelism_is_not_the_axis(fake_world):
+    install()
+    fake_world(3, 4)
+    ps.initialize_model_parallel(context_parallel_size=2, create_gloo_process_groups=False)
+    assert ps.get_context_parallel_world_size() == 2
+    assert ps.get_sequence_parallel_global_ranks() == [3]
+    assert dist.get_process_group_ranks(ps.get_sequence_parallel_group()) == [3]
 
 
 def test_other_context_parallel_size_is_refused(fake_world):

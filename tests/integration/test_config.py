@@ -65,6 +65,7 @@ def test_help_has_a_group_of_its_own_with_the_choices():
     [
         (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced, ring"),
         (("--seqpar-recompute", "all"), "--seqpar-recompute all.*none"),
+        (("--sequence-parallel-size", "two"), "--sequence-parallel-size two: not a number"),
         (("--sequence-parallel-size", "0"), "--sequence-parallel-size 0.*1 or more"),
     ],
 )

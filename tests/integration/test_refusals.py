@@ -12,7 +12,13 @@ from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import lengths, refusals, state
 
+ROWS = refusals.REFUSALS + refusals.RECOMPUTE_REFUSALS
 WRONG = {
+    "recompute_granularity": "full",
+    "recompute_activations": True,
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "cpu_offloading_num_layers": 2,
     "context_parallel_size": 2,
     "hierarchical_context_parallel_sizes": [2, 2],
     "hybrid_context_parallel": True,
@@ -30,7 +36,8 @@ WRONG = {
     "position_embedding_type": "relative",
     "experimental_attention_variant": "dsa",
     "hybrid_layer_pattern": "M*MG",
-    "multi_latent_attention": True,
+    "rope_type": "yarn",
+    "cache_mla_latents": True,
     "use_kitchen_attention": True,
     "fp8_dot_product_attention": True,
     "fp8_multi_head_attention": True,
@@ -43,9 +50,17 @@ WRONG = {
     "use_torch_fsdp2": True,
     "fine_grained_activation_offloading": True,
     "inprocess_restart": True,
+    "use_tp_pp_dp_mapping": True,
     "gtp_weight_remat_size": 2,
 }
+NEEDED = {
+    "rope_type": {"multi_latent_attention": True, "apply_rope_fusion": True},
+    "use_tp_pp_dp_mapping": {"pipeline_model_parallel_size": 2},
+}
+"""What a row's further condition wants to see."""
+
 RIGHT = {
+    "rope_type": "rope",
     "context_parallel_size": 1,
     "attention_dropout": 0.0,
     "softmax_type": "vanilla",
@@ -63,15 +78,15 @@ def settings():
 
 
 def test_every_row_has_a_case():
-    assert {row.attribute for row in refusals.REFUSALS} == WRONG.keys()
+    assert {row.attribute for row in ROWS} == WRONG.keys()
 
 
-@pytest.mark.parametrize("row", refusals.REFUSALS, ids=lambda row: row.flag)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.flag)
 def test_row_names_flag_value_and_alternative(row):
     value = WRONG[row.attribute]
-    source = types.SimpleNamespace(**{row.attribute: value})
+    source = types.SimpleNamespace(**{row.attribute: value}, **NEEDED.get(row.attribute, {}))
     with pytest.raises(UnsupportedError) as caught:
-        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0])
+        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0], table=ROWS)
     text = str(caught.value)
     assert row.flag in text
     assert str(value) in text
@@ -79,17 +94,34 @@ def test_row_names_flag_value_and_alternative(row):
     assert row.alternative in text
 
 
-@pytest.mark.parametrize("row", refusals.REFUSALS, ids=lambda row: row.flag)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.flag)
 def test_row_passes_what_is_fine(row):
     for value in (RIGHT.get(row.attribute, False), None):
-        source = types.SimpleNamespace(**{row.attribute: value})
-        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0])
+        source = types.SimpleNamespace(**{row.attribute: value}, **NEEDED.get(row.attribute, {}))
+        refusals.refuse(source, "--sequence-parallel-size 2", row.scopes[0], table=ROWS)
+
+
+def test_unfused_rotary_embedding_of_latent_attention_is_fine():
+    source = types.SimpleNamespace(
+        rope_type="yarn", multi_latent_attention=True, apply_rope_fusion=False
+    )
+    refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
 
 
 def test_all_reasons_are_told_at_once():
     source = types.SimpleNamespace(sft=True, attention_dropout=0.1)
     with pytest.raises(UnsupportedError, match=r"(?s)--sft.*--attention-dropout"):
         refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+
+
+def test_our_recomputation_and_stock_recomputation_do_not_mix():
+    from megatron_seqpar.integration import arguments
+
+    source = types.SimpleNamespace(recompute_granularity="full")
+    arguments.refuse_recompute(source, SeqParConfig(), refusals.ARGUMENTS)
+    config = SeqParConfig(recompute="attention-output")
+    with pytest.raises(UnsupportedError, match="--recompute-granularity full with --seqpar-rec"):
+        arguments.refuse_recompute(source, config, refusals.ARGUMENTS)
 
 
 def test_scopes_keep_apart_what_a_model_config_cannot_know():

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from megatron_seqpar.data import Corpus, JsonLines, Source, StandardLibrary, prepare_corpus
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.quickstart import compare, machine, runs
-from megatron_seqpar.quickstart.plan import Training, plan
+from megatron_seqpar.quickstart.plan import Training, left_out, plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
@@ -70,8 +70,9 @@ def quickstart(
     try:
         here = machine.look(device, nproc)
         console.print(f"device: {here.name}; {here.ranks} ranks")
-        for note in here.notes:
-            console.print(f"note: {note}")
+        for note in (*here.notes, left_out(model, here.ranks)):
+            if note is not None:
+                console.print(f"note: {note}")
         corpus = corpus_of(input, json_key, output, fresh)
         training = Training(model, corpus, output / "cache", steps, seq_length, batch)
         todo = plan(training, here, schedule=schedule)

@@ -133,6 +133,22 @@ def plan(training: Training, machine: Machine, *, schedule: str = "auto") -> lis
 
 def divides_heads(model: Path, size: int) -> bool:
     """Whether tensor parallelism of `size` can share out the model's query and KV heads."""
+    heads, kv_heads = _heads(model)
+    return heads % size == 0 and kv_heads % size == 0
+
+
+def left_out(model: Path, size: int) -> str | None:
+    """Why there is no run with tensor parallelism, or None where there is one."""
+    if size == 1 or divides_heads(model, size):
+        return None
+    heads, kv_heads = _heads(model)
+    return (
+        f"no run with TP={size}: tensor parallelism cannot share out {heads} query heads and "
+        f"{kv_heads} KV heads over {size} ranks"
+    )
+
+
+def _heads(model: Path) -> tuple[int, int]:
     values = read_model(model)
     heads = int(values.get("num-attention-heads", 1))
-    return heads % size == 0 and int(values.get("num-query-groups", heads)) % size == 0
+    return heads, int(values.get("num-query-groups", heads))

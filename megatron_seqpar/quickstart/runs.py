@@ -7,11 +7,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_seqpar.quickstart.plan import Run
 STEP_PREFIX = "[seqpar]"  # starts each line that the report prints for a step
 TAIL_LINES = 25
 REPORT = "report.json"
+_ERROR = re.compile(r"(\[rank \d+/\d+\]|megatron-seqpar:) error: (?P<text>.+)")
 
 
 def run_key(run: Run, machine: Machine, sources: Sequence[Path], data: str) -> str:
@@ -113,13 +115,23 @@ def train(
         _end(process)
         raise
     if status != 0 or not report.is_file():
-        end = "\n".join(tail)
         raise SeqParError(
-            f"the run {label} failed with status {status}; the end of {folder / 'log.txt'}:\n{end}"
+            f"the run {label} failed with status {status} (all it said is in "
+            f"{folder / 'log.txt'}):\n{reason(tail)}"
         )
     (folder / "key").write_text(key + "\n", encoding="utf-8")
     result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return result
+
+
+def reason(tail: Iterable[str]) -> str:
+    """Why a run failed, from the last lines it wrote.
+
+    The launcher's own errors where there are any, those that all ranks share once; else the lines.
+    """
+    said = [_ERROR.match(line) for line in tail]
+    errors = dict.fromkeys(match["text"] for match in said if match)
+    return "\n".join(errors) if errors else "\n".join(tail)
 
 
 def _end(process: subprocess.Popen[str], patience: float = 20.0) -> None:

@@ -7,7 +7,7 @@ from megatron_seqpar.data import Corpus
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.quickstart import machine
 from megatron_seqpar.quickstart.machine import Machine
-from megatron_seqpar.quickstart.plan import Run, Training, flags, plan, read_model
+from megatron_seqpar.quickstart.plan import Run, Training, flags, left_out, plan, read_model
 
 MODEL = Path(__file__).parents[2] / "configs" / "models" / "quickstart.yaml"
 
@@ -55,6 +55,12 @@ def test_runs_on_gpus() -> None:
     assert all("--bf16" in run.arguments for run in runs)
     assert all(value(run, "--distributed-backend") == "nccl" for run in runs)
     assert all(value(run, "--seqpar-kernel") == "aten" for run in runs)
+
+
+def test_why_tensor_parallelism_is_left_out_is_said() -> None:
+    assert left_out(MODEL, 2) is None
+    assert left_out(MODEL, 1) is None
+    assert "2 KV heads over 4 ranks" in str(left_out(MODEL, 4))
 
 
 def test_one_rank_has_nothing_to_split() -> None:

@@ -66,6 +66,12 @@ def test_a_failed_run_says_why_and_is_not_reused(tmp_path: Path) -> None:
     assert runs.finished(folder, "key") is None
 
 
+def test_an_error_that_all_ranks_share_is_said_once() -> None:
+    tail = ["noise", "[rank 1/2] error: too long", "[rank 0/2] error: too long", "all stopped"]
+    assert runs.reason(tail) == "too long"
+    assert runs.reason(["one", "two"]) == "one\ntwo"
+
+
 def test_an_interrupt_ends_the_ranks(tmp_path: Path) -> None:
     waits = f"""
 import os, time

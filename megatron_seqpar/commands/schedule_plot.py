@@ -9,6 +9,7 @@ take; white within a column is idle time. The lanes between columns hold the tra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def save(schedule: Schedule, dtype: str, path: Path) -> None:
     except ImportError:
         raise SeqParError("--plot needs matplotlib: pip install matplotlib") from None
     item_size(dtype)
+    _check_path(path, Figure().canvas.get_supported_filetypes())
     columns = _columns(schedule)
     size = schedule.size
     height = 2.2 + max(3.0, 0.52 * size)
@@ -75,8 +77,17 @@ def save(schedule: Schedule, dtype: str, path: Path) -> None:
     _legend(figure, schedule)
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as failure:
+    except OSError as failure:
         raise SeqParError(f"--plot {path}: {failure}") from None
+
+
+def _check_path(path: Path, formats: Iterable[str]) -> None:
+    if not path.absolute().parent.is_dir():
+        raise SeqParError(f"--plot {path}: there is no folder {path.parent}")
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise SeqParError(
+            f"--plot {path}: the name must end in one of {', '.join(sorted(formats))}"
+        )
 
 
 def _title(schedule: Schedule, dtype: str) -> str:
@@ -227,7 +238,7 @@ def _draw_step(
 
 
 def _draw_transfer(axes: Axes, src: int, dst: int, lane_start: float, payload: Payload) -> None:
-    axes.annotate(
+    arrow = axes.annotate(
         "",
         xy=(lane_start + _LANE - 0.02, dst),
         xytext=(lane_start + 0.02, src),
@@ -242,6 +253,7 @@ def _draw_transfer(axes: Axes, src: int, dst: int, lane_start: float, payload: P
             "linestyle": "-" if payload in (Payload.KV, Payload.DKV) else (0, (4, 1.5)),
         },
     )
+    arrow.set_in_layout(False)  # arrows end inside the axes; measuring hundreds takes seconds
 
 
 def _font(size: int) -> float:

@@ -115,8 +115,8 @@ def test_plot(tmp_path: Path, suffix: str) -> None:
     [
         ("--size", "1", "--seq-length", "5"),
         ("--size", "2", "--seq-length", "3", "--backward"),
-        ("--size", "16", "--seq-length", "4096", "--schedule", "ring", "--backward"),
-        ("--size", "25", "--seq-length", "40960"),
+        ("--size", "6", "--seq-length", "4096", "--schedule", "ring", "--backward"),
+        ("--size", "21", "--seq-length", "40960"),
         ("--size", "5", "--lengths", "1,1,9,2,4", "--mask", "full"),
     ],
 )
@@ -137,8 +137,11 @@ def test_plots_of_odd_sizes(tmp_path: Path, options: tuple[str, ...]) -> None:
         ((*ISSUE, "--mask", "sliding"), "--mask sliding: use one of causal, full"),
         ((*ISSUE, "--dtype", "int8"), "dtype=int8: use one of"),
         ((*ISSUE, "--kv-heads", "5"), "query_heads=32 is not a multiple of kv_heads=5"),
-        ((*ISSUE, "--plot", "no/such/folder/s.png"), "--plot no/such/folder/s.png"),
-        ((*ISSUE, "--plot", "s.docx"), "--plot s.docx"),
+        (
+            (*ISSUE, "--plot", "no/such/folder/s.png"),
+            "--plot no/such/folder/s.png: there is no folder",
+        ),
+        ((*ISSUE, "--plot", "s.docx"), "--plot s.docx: the name must end in one of"),
     ],
 )
 def test_bad_input_is_one_clear_message(options: tuple[str, ...], says: str) -> None:

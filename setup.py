@@ -38,6 +38,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.19.0",
         "numpy",
+        "packaging",
         "einops",  # Megatron imports it for hierarchical groups without declaring it
         "psutil",  # Megatron's torch_dist checkpoints import it without declaring it
         "typer",
@@ -46,7 +47,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
-        "flash": ["flash-attn>=2.6"],
+        "flash": ["flash-attn>=2.7,<2.9"],
         "plot": PLOT,
         "dev": [
             *PLOT,

@@ -4,7 +4,7 @@
     python benchmarks/attention.py --output benchmarks/results/attention.json
 
 Every round measures, one after the other: one rank with the whole sequence while the other rests;
-two ranks `balanced`; the same without overlap; two ranks `ring`. Ratios are taken within a round and
+two ranks `balanced`; the same without overlap; two ranks `ring`. Ratios are taken in a round and
 their medians reported, so that a machine whose speed drifts does not decide. `efficiency` is the
 one-rank time over twice the two-rank time: 1 means that splitting costs nothing.
 """

@@ -87,6 +87,32 @@ def no_legacy_kernels() -> None:
     after_import("megatron.legacy.fused_kernels", hook)
 
 
+@unit
+def moe_split_sizes() -> None:
+    """Expert parallelism makes NumPy arrays of its split sizes only if they are on a GPU.
+
+    gloo's all-to-all takes no tensors for them. Only this place is told: a `Tensor.is_cuda` that
+    says yes for CPU tensors would mislead torch and the optimizer's offloading.
+
+    Serves: core/transformer/moe/moe_utils.py (`maybe_move_tensor_to_cpu`),
+    core/transformer/moe/token_dispatcher.py (`all_to_all` with EP > 1).
+    """
+
+    def hook(module: types.ModuleType) -> None:
+        original: Any = module.maybe_move_tensor_to_cpu
+
+        @functools.wraps(original)
+        def maybe_move_tensor_to_cpu(
+            tensor: Any, as_numpy: bool = False, record_stream: bool = False
+        ) -> Any:
+            moved = original(tensor, as_numpy, record_stream)
+            return moved.numpy() if as_numpy and hasattr(moved, "numpy") else moved
+
+        replace(module, maybe_move_tensor_to_cpu=maybe_move_tensor_to_cpu)
+
+    after_import("megatron.core.transformer.moe.moe_utils", hook)
+
+
 class _Inert:
     """Stands for anything of triton: falsy, callable, and a decorator that changes nothing."""
 

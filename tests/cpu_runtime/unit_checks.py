@@ -260,6 +260,20 @@ def no_jit_warmup() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@check
+def moe_split_sizes() -> None:
+    import numpy
+    import torch
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+    sizes = torch.tensor([3, 1])
+    moved = maybe_move_tensor_to_cpu(sizes, as_numpy=True)
+    assert isinstance(moved, numpy.ndarray)
+    assert maybe_move_tensor_to_cpu(moved, as_numpy=True) is moved
+    assert maybe_move_tensor_to_cpu(sizes) is sizes
+    assert maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
 def _raise(*args: Any) -> None:
     raise FileNotFoundError("nvcc")
 

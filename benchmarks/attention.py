@@ -72,6 +72,7 @@ def _rank(rank: int, port: int, lengths: list[int], rounds: int, sizes: dict, re
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    assert dist.group.WORLD is not None
     transport = ProcessGroupTransport(dist.group.WORLD)
     for length in lengths:
         whole = _step(length, **sizes, group=LocalTransport())

@@ -62,6 +62,7 @@ def resolve(symbol: str) -> tuple[Any, str]:
     no module prefix can be imported and AttributeError when an attribute is missing.
     """
     parts = symbol.split(".")
+    absent: ModuleNotFoundError | None = None
     for cut in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:cut])
         try:
@@ -69,13 +70,16 @@ def resolve(symbol: str) -> tuple[Any, str]:
         except ModuleNotFoundError as error:
             # Only "this very prefix is not a module" lets the search go on; a module that
             # exists but cannot import something of its own is a real failure.
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
+            absent = error
             continue
         for attribute in parts[cut:-1]:
+            if absent is not None and not hasattr(holder, attribute):
+                raise absent
             holder = getattr(holder, attribute)
         return holder, parts[-1]
-    raise ModuleNotFoundError(f"no module of {symbol} can be imported", name=parts[0])
+    raise absent or ModuleNotFoundError(f"{symbol} names no module", name=parts[0])
 
 
 def mark(replacement: Any, original: Any) -> Any:
@@ -144,7 +148,8 @@ class Patcher:
             holder, name = resolve(point.symbol)
             current = getattr(holder, name)
         except (ImportError, AttributeError) as error:
-            if point.optional and isinstance(error, ModuleNotFoundError):
+            absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+            if point.optional and absent and f"{point.symbol}.".startswith(f"{error.name}."):
                 return
             raise MissingSymbolError(
                 f"megatron-core {self.version} has no {point.symbol}, which megatron_seqpar "

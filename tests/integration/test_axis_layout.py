@@ -54,7 +54,7 @@ def expected_axes(tp: int, sp: int, dp: int, pp: int) -> dict[int, list[int]]:
 LAYOUTS = [
     (tp, sp, dp, pp)
     for tp, sp, dp, pp in itertools.product((1, 2, 4), (2, 3, 8), (1, 2, 5), (1, 2, 4))
-    if tp * sp * dp * pp <= 64
+    if tp * sp * dp * pp <= 48
 ]
 LARGE = [(8, 8, 4, 4), (4, 16, 16, 1), (1, 1024, 1, 1), (2, 7, 9, 8), (8, 32, 1, 4), (1, 2, 512, 1)]
 
@@ -71,7 +71,7 @@ def test_group_layout(fake_world, tp, sp, dp, pp):
     world = tp * sp * dp * pp
     expected = expected_axes(tp, sp, dp, pp)
     install(SeqParConfig(sequence_parallel_size=sp))
-    for rank in sorted({0, 1, world // 3, world // 2, world - 1}):
+    for rank in sorted({0, world // 2, world - 1}):
         fake_world(rank, world)
         ps.initialize_model_parallel(
             tensor_model_parallel_size=tp,

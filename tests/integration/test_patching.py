@@ -108,11 +108,12 @@ def test_missing_symbol_names_itself_and_the_nearest_version(library):
     assert toy.function is stock
 
 
-def test_optional_point_may_lack_its_module(library):
-    optional = point("seqpar_toy_absent.part.function", optional=True)
-    Patcher([optional], "0.19.2").apply()
-    with pytest.raises(MissingSymbolError):
-        Patcher([point("seqpar_toy_absent.part.function")], "0.19.2").apply()
+@pytest.mark.parametrize("symbol", ["seqpar_absent.part.function", "xml.absent.part.function"])
+def test_optional_point_may_lack_its_module(library, symbol):
+    """Also a part of a package that is there, as the training package of Megatron may be."""
+    Patcher([point(symbol, optional=True)], "0.19.2").apply()
+    with pytest.raises(MissingSymbolError, match=symbol):
+        Patcher([point(symbol)], "0.19.2").apply()
 
 
 def test_unknown_version_warns_once_and_uses_the_nearest(library):
@@ -135,3 +136,11 @@ def test_resolve_reports_a_module_that_fails_inside():
     with pytest.raises(ModuleNotFoundError, match="seqpar_nowhere"):
         resolve("seqpar_nowhere.attribute")
     assert resolve("types.ModuleType.__init__") == (types.ModuleType, "__init__")
+
+
+def test_optional_point_whose_module_is_broken_is_an_error(library, tmp_path, monkeypatch):
+    """Absent is fine; present but unable to import something of its own is not."""
+    (tmp_path / "seqpar_broken.py").write_text("import seqpar_not_installed_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingSymbolError, match=r"seqpar_broken\.function"):
+        Patcher([point("seqpar_broken.function", optional=True)], "0.19.2").apply()

@@ -41,7 +41,9 @@ def cost_table(results: list[Result]) -> Table:
     """One row a run: what it gave and what it cost."""
     base = reference(results)
     kind = results[0].report["ranks"][0]["memory"]
-    table = Table(title="What each way gives and costs")
+    device = results[0].report["device"]
+    caption = f"{device['threads']} thread(s) a rank" if device["kind"] == "cpu" else None
+    table = Table(title="What each way gives and costs", caption=caption)
     table.add_column("run", no_wrap=True)
     table.add_column("attention")
     table.add_column("last loss", justify="right")

@@ -45,6 +45,8 @@ class Machine:
         environment = dict(os.environ)
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""  # a lone GPU stays out of a CPU run
+            # One thread a rank in every run: more ranks mean more cores, as with GPUs.
+            environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
 
 

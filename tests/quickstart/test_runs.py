@@ -128,6 +128,7 @@ def report(losses: list[float]) -> dict[str, Any]:
         "ranks": [
             {"memory": "resident", "peak_memory_bytes": 3 * 2**20, "start_memory_bytes": 2**20}
         ],
+        "device": {"kind": "cpu", "threads": 1},
         "model": {"layers": 1, "hidden": 2, "sequence_length": 4, "dtype": "float32"},
     }
 
@@ -151,6 +152,7 @@ def test_tables(results: list[compare.Result]) -> None:
     assert "reference" in costs
     assert "1.0e-02" in costs
     assert "1,234" in costs
+    assert "1 thread(s) a rank" in costs
     losses = text(compare.loss_table(results))
     assert "1.010000" in losses
     assert "0.0e+00" in losses

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from megatron_seqpar.attention import ThreadTransport, build_schedule, dist_flash_attention
+from megatron_seqpar.attention.ir import Direction
 from megatron_seqpar.attention.kernels import KERNELS, Kernel, TileCall, select
 from megatron_seqpar.attention.kernels.reference import ReferenceAttention
-from megatron_seqpar.attention.schedule import Direction
 from megatron_seqpar.errors import SeqParError
 
 LIMIT = 2.0

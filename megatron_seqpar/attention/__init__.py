@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributed FlashAttention over the SP axis; knows torch and nothing of Megatron.
 
-Read in this order: `layouts` (which tokens a rank owns) -> `masks` (which pairs interact) ->
-`schedules/` (who computes which tile when) -> `schedule`, `assemble`, `verify` (the plan, its
-transfers, its proof; no torch up to here) -> `kernels/`, `transport`, `merge` -> `execute` ->
-`api`.
+Read in this order: `layouts` (which tokens a rank owns) -> `masks` (which pairs interact) -> `ir`
+(tiles, transfers, steps) -> `schedules/` (who computes which tile when) -> `assemble`, `verify`,
+`schedule` (what moves, the proof, the numbers; no torch up to here) -> `kernels/`, `transport`,
+`merge` -> `execute` -> `api`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .ir import Payload, Problem, Route, Step, Tile, Transfer
 from .layouts import ContiguousLayout, Span, even_lengths
 from .masks import Causal, Full, Mask
-from .schedule import Payload, Problem, Route, Schedule, Step, Tile, Transfer
+from .schedule import Schedule
 from .schedules import build_schedule
 
 if TYPE_CHECKING:

@@ -18,23 +18,21 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ..errors import ScheduleError
+from .ir import RETURNS, Direction, Payload, Placed, Plan, Problem, Step, Tile, Transfer
 from .layouts import Span
 from .masks import TileKind
-from .schedule import RETURNS, Direction, Payload, Placed, Problem, Schedule, Step, Tile, Transfer
 
 
 def assemble(
-    name: str,
     problem: Problem,
     placed: Iterable[Placed],
     *,
     relay: Iterable[tuple[int, Transfer]] | None = None,
     direction: Direction = "forward",
-) -> Schedule:
-    """Build the schedule of one pass from placed tiles.
+) -> Plan:
+    """Build the plan of one pass from placed tiles.
 
     Args:
-        name: kept in the schedule.
         problem: sizes, token layout and mask.
         placed: tiles by step and rank; empty ones (no interacting pair) are dropped.
         relay: KV transfers `(step, transfer)` that replace the direct ones, for builders in which
@@ -44,9 +42,8 @@ def assemble(
     Raises:
         ScheduleError: a tile that no kernel can serve in one call, or one that spans two owners.
     """
-    placed = tuple(p for p in placed if problem.mask.pairs(p.q, p.kv) > 0)
-    relay = None if relay is None else tuple(relay)
-    return _Assembly(name, problem, placed, relay, direction).build()
+    kept = [p for p in placed if problem.mask.pairs(p.q, p.kv) > 0]
+    return _Assembly(problem, kept, None if relay is None else list(relay), direction).build()
 
 
 class _Assembly:
@@ -54,13 +51,12 @@ class _Assembly:
 
     def __init__(
         self,
-        name: str,
         problem: Problem,
-        placed: tuple[Placed, ...],
-        relay: tuple[tuple[int, Transfer], ...] | None,
+        placed: list[Placed],
+        relay: list[tuple[int, Transfer]] | None,
         direction: Direction,
     ) -> None:
-        self.name, self.problem, self.direction = name, problem, direction
+        self.problem, self.direction = problem, direction
         self.placed, self.relay = placed, relay
         self.tiles: dict[tuple[int, int], list[Tile]] = defaultdict(list)
         self.transfers: dict[int, list[Transfer]] = defaultdict(list)
@@ -70,7 +66,7 @@ class _Assembly:
         # (rank, payload, span, owner) of a result that goes back -> step of its last tile
         self.results: dict[tuple[int, Payload, Span, int], int] = {}
 
-    def build(self) -> Schedule:
+    def build(self) -> Plan:
         forward = self.direction == "forward"
         q_payload = Payload.Q if forward else Payload.Q_GRAD
         # an operand needed at step 0 is fetched in a step of its own before it
@@ -88,9 +84,7 @@ class _Assembly:
                 if not forward:
                     self._return(p.rank, Payload.DKV, tile.kv, tile.kv_owner, step)
         self._post_transfers(shift)
-        return Schedule(
-            self.name, self.direction, self.problem, self._plan(), self.placed, self.relay
-        )
+        return self._plan()
 
     def _is_local(self, p: Placed) -> bool:
         layout = self.problem.layout
@@ -101,7 +95,7 @@ class _Assembly:
         kind = mask.kind(p.q, p.kv)
         if kind is TileKind.PARTIAL:
             raise ScheduleError(
-                f"schedule {self.name!r}: tile q {p.q} x kv {p.kv} is neither full nor a diagonal "
+                f"tile q {p.q} x kv {p.kv} is neither full nor a diagonal "
                 f"square under mask {mask.name!r}; the builder must split it"
             )
         pairs = mask.pairs(p.q, p.kv)
@@ -137,7 +131,7 @@ class _Assembly:
         first, last = self.uses.get(key, (step, step))
         self.uses[key] = min(first, step), max(last, step)
 
-    def _plan(self) -> tuple[tuple[Step, ...], ...]:
+    def _plan(self) -> Plan:
         size = self.problem.layout.size
         count = 1 + max(
             max((step for _, step in self.tiles), default=0), max(self.transfers, default=0)

@@ -19,11 +19,12 @@ from typing import Protocol
 
 import torch
 
+from .ir import RETURNS, Payload, Tile, Transfer
 from .kernels import Kernel, TileCall
 from .layouts import Span
 from .masks import TileKind
 from .merge import GradAccumulator, OutputAccumulator, accumulate_dtype
-from .schedule import RETURNS, Payload, Schedule, Tile, Transfer
+from .schedule import Schedule
 from .transport import Message, Transport
 
 Tensors = tuple[torch.Tensor, ...]

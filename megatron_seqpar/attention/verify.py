@@ -19,12 +19,12 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import ScheduleError
+from .ir import RETURNS, Direction, Payload, Plan, Problem, Step, Tile, Transfer
 from .layouts import Span
-from .schedule import RETURNS, Payload, Schedule, Step, Tile, Transfer
 
 
-def verify(schedule: Schedule) -> bool:
-    """Check the whole plan.
+def verify(problem: Problem, direction: Direction, plan: Plan) -> bool:
+    """Check the whole plan of one pass.
 
     Returns:
         True.
@@ -32,32 +32,27 @@ def verify(schedule: Schedule) -> bool:
     Raises:
         ScheduleError: names the first thing found wrong (rank, step, tile or transfer).
     """
-    lengths = {len(steps) for steps in schedule.plan}
-    if len(schedule.plan) != schedule.size or len(lengths) != 1:
-        raise ScheduleError(
-            f"plan for {len(schedule.plan)} ranks with {lengths} steps is malformed"
-        )
-    _check_tiles(schedule)
-    _check_coverage(schedule)
-    _check_matching(schedule)
-    _check_deadlock(schedule)
-    for rank in range(schedule.size):
-        _RankCheck(schedule, rank).run()
+    lengths = {len(steps) for steps in plan}
+    if len(plan) != problem.layout.size or len(lengths) != 1:
+        raise ScheduleError(f"plan for {len(plan)} ranks with {lengths} steps is malformed")
+    _check_tiles(problem, plan)
+    _check_coverage(problem, plan)
+    _check_matching(plan)
+    _check_deadlock(plan)
+    for rank, steps in enumerate(plan):
+        _RankCheck(problem, direction, rank).run(steps)
     return True
 
 
-def _tiles(schedule: Schedule) -> list[tuple[int, Tile]]:
+def _tiles(plan: Plan) -> list[tuple[int, Tile]]:
     return [
-        (rank, tile)
-        for rank, steps in enumerate(schedule.plan)
-        for step in steps
-        for tile in step.tiles
+        (rank, tile) for rank, steps in enumerate(plan) for step in steps for tile in step.tiles
     ]
 
 
-def _check_tiles(schedule: Schedule) -> None:
-    mask, layout = schedule.problem.mask, schedule.problem.layout
-    for rank, tile in _tiles(schedule):
+def _check_tiles(problem: Problem, plan: Plan) -> None:
+    mask, layout = problem.mask, problem.layout
+    for rank, tile in _tiles(plan):
         if tile.pairs != mask.pairs(tile.q, tile.kv) or tile.kind is not mask.kind(tile.q, tile.kv):
             raise ScheduleError(
                 f"rank {rank}: tile {tile} does not say what mask {mask.name!r} says"
@@ -66,10 +61,10 @@ def _check_tiles(schedule: Schedule) -> None:
             raise ScheduleError(f"rank {rank}: tile {tile} names the wrong owners")
 
 
-def _check_coverage(schedule: Schedule) -> None:
+def _check_coverage(problem: Problem, plan: Plan) -> None:
     """Count, on the grid of all range ends, how often each cell is computed."""
-    mask, tiles = schedule.problem.mask, _tiles(schedule)
-    chunks = schedule.problem.layout.chunks
+    mask, tiles = problem.mask, _tiles(plan)
+    chunks = problem.layout.chunks
     q_edges = sorted({edge for span in (*chunks, *(t.q for _, t in tiles)) for edge in span})
     kv_edges = sorted({edge for span in (*chunks, *(t.kv for _, t in tiles)) for edge in span})
     q_index = {edge: i for i, edge in enumerate(q_edges)}
@@ -91,17 +86,17 @@ def _check_coverage(schedule: Schedule) -> None:
                 raise ScheduleError(f"queries {Span(*q)} x keys {kv} are computed {count} times")
 
 
-def _check_matching(schedule: Schedule) -> None:
+def _check_matching(plan: Plan) -> None:
     sent: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     received: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-    for rank, steps in enumerate(schedule.plan):
+    for rank, steps in enumerate(plan):
         for step in steps:
             for t in step.sends:
-                if t.src != rank or not 0 <= t.dst < schedule.size or t.dst == rank:
+                if t.src != rank or not 0 <= t.dst < len(plan) or t.dst == rank:
                     raise ScheduleError(f"rank {rank}: send {t} is not one of its own to a peer")
                 sent[t.src, t.dst].append(t)
             for t in step.receives:
-                if t.dst != rank or not 0 <= t.src < schedule.size or t.src == rank:
+                if t.dst != rank or not 0 <= t.src < len(plan) or t.src == rank:
                     raise ScheduleError(
                         f"rank {rank}: receive {t} is not one of its own from a peer"
                     )
@@ -121,22 +116,22 @@ def _check_matching(schedule: Schedule) -> None:
         )
 
 
-def _check_deadlock(schedule: Schedule) -> None:
+def _check_deadlock(plan: Plan) -> None:
     """Run the steps: a rank passes one when its peers posted the other ends of its transfers."""
-    size, count = schedule.size, len(schedule.plan[0])
+    size, count = len(plan), len(plan[0])
     # per pair of ranks: how many sends (receives) have been posted so far
     posted_sends: Counter[tuple[int, int]] = Counter()
     posted_receives: Counter[tuple[int, int]] = Counter()
     at = [0] * size
 
     def post(rank: int) -> None:
-        step = schedule.plan[rank][at[rank]]
+        step = plan[rank][at[rank]]
         posted_sends.update((t.src, t.dst) for t in step.sends)
         posted_receives.update((t.src, t.dst) for t in step.receives)
 
     def complete(rank: int) -> bool:
         # all transfers of this step are the newest posted: the peer must have posted as many
-        step = schedule.plan[rank][at[rank]]
+        step = plan[rank][at[rank]]
         return all(
             posted_receives[p] >= posted_sends[p] for p in {(t.src, t.dst) for t in step.sends}
         ) and all(
@@ -162,20 +157,19 @@ def _check_deadlock(schedule: Schedule) -> None:
 class _RankCheck:
     """One rank's memory, step by step: what it holds, what it owes."""
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
-        self.schedule, self.rank = schedule, rank
-        self.layout = schedule.problem.layout
-        forward = schedule.direction == "forward"
+    def __init__(self, problem: Problem, direction: Direction, rank: int) -> None:
+        self.rank, self.layout = rank, problem.layout
+        forward = direction == "forward"
         self.q_payload = Payload.Q if forward else Payload.Q_GRAD
         self.q_result = Payload.OUT if forward else Payload.DQ
         self.kv_result = None if forward else Payload.DKV
         self.held: set[tuple[Payload, Span]] = set()
         self.owed: dict[tuple[Payload, Span, int], bool] = {}  # result -> returned
 
-    def run(self) -> None:
+    def run(self, steps: tuple[Step, ...]) -> None:
         """Walk the steps."""
         peak = 0
-        for index, step in enumerate(self.schedule.steps(self.rank)):
+        for index, step in enumerate(steps):
             where = f"rank {self.rank}, step {index}"
             self._check_sends(step, where)
             for tile in step.tiles:
@@ -199,7 +193,7 @@ class _RankCheck:
             raise ScheduleError(f"rank {self.rank} never returns {unreturned[0]}")
         if self.held:
             raise ScheduleError(f"rank {self.rank} never frees {sorted(self.held)[0]}")
-        bound = 2 * max(1, max(self._remote_operands(s) for s in self.schedule.steps(self.rank)))
+        bound = 2 * max(1, max(self._remote_operands(s) for s in steps))
         if peak > bound:
             raise ScheduleError(
                 f"rank {self.rank} holds {peak} received operands at once, over {bound}"

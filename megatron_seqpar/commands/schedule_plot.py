@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_seqpar.attention import Payload, Route, Schedule, Step
-from megatron_seqpar.attention.schedule import item_size
+from megatron_seqpar.attention.ir import item_size
 from megatron_seqpar.errors import SeqParError
 
 from .schedule_report import TileNames, describe, human_bytes

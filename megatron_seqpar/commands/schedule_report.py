@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_seqpar.attention import Route, Schedule, Span, Step, Tile, Transfer
-from megatron_seqpar.attention.schedule import item_size
+from megatron_seqpar.attention.ir import item_size
 
 ROUTE_STYLES = {
     Route.LOCAL: "white",

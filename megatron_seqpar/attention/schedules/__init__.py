@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from ...errors import ScheduleError
-from ..assemble import assemble
+from ..ir import Problem
 from ..layouts import ContiguousLayout
 from ..masks import Causal, Mask
-from ..schedule import Problem, Schedule
+from ..schedule import Schedule
 from . import balanced, ring
 from .placement import Placement
 
@@ -77,4 +77,4 @@ def _cached(name: str, problem: Problem) -> Schedule:
     if name not in BUILDERS:
         raise ScheduleError(f"schedule={name!r} is unknown; use one of {', '.join(names())}")
     placement = BUILDERS[name](problem)
-    return assemble(name, problem, placement.tiles, relay=placement.relay)
+    return Schedule.of(name, problem, placement.tiles, placement.relay)

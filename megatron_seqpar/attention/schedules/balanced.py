@@ -30,9 +30,9 @@ Under a full mask every rank has P tiles anyway; keys and values come straight f
 from __future__ import annotations
 
 from ...errors import ScheduleError
+from ..ir import Placed, Problem
 from ..layouts import Span
 from ..masks import Causal, Full
-from ..schedule import Placed, Problem
 from .placement import Placement
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..schedule import Placed, Transfer
+from ..ir import Placed, Transfer
 
 
 class Placement(NamedTuple):

@@ -12,8 +12,8 @@ fraction of (P-1)/(2P-1) is lost. Dead transfers are made all the same, as a rin
 from __future__ import annotations
 
 from ...errors import ScheduleError
+from ..ir import Payload, Placed, Problem, Transfer
 from ..masks import Causal, Full
-from ..schedule import Payload, Placed, Problem, Transfer
 from .placement import Placement
 
 

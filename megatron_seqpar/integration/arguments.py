@@ -23,6 +23,9 @@ from megatron_seqpar.integration import lengths, refusals, state
 _FOLDED = "seqpar_folded"
 """Marks a namespace whose `context_parallel_size` is ours and not the user's."""
 
+_REPLACED_BY_FOLDING = ("context_parallel_size", "yaml_cfg")
+"""What cannot be judged later: folding overwrites the one, the other replaces the namespace."""
+
 
 def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     """Patch for `training.arguments.add_megatron_arguments`."""
@@ -58,13 +61,7 @@ def fold(args: Any) -> None:
     check_names(config)
     state.set_config(config)
     if config.active:
-        refusals.refuse(args, context(config), refusals.ARGUMENTS)
-        lengths.check_world_size(
-            int(os.environ.get("WORLD_SIZE", "1")),
-            config.sequence_parallel_size,
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-        )
+        _refuse_early(args, config)
         args.context_parallel_size = config.sequence_parallel_size
         if hasattr(args, "create_attention_mask_in_dataloader"):
             # The mask is causal; materialising s x s booleans to say so would be the largest
@@ -128,6 +125,28 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
+def _refuse_early(args: Any, config: SeqParConfig) -> None:
+    """The refusals that the command line alone decides.
+
+    With `--use-checkpoint-args` the checkpoint decides the rest, and `_refuse_late` judges them.
+    """
+    table = refusals.REFUSALS
+    if getattr(args, "use_checkpoint_args", False):
+        table = tuple(row for row in table if row.attribute in _REPLACED_BY_FOLDING)
+    refusals.refuse(args, context(config), refusals.ARGUMENTS, table=table)
+    if table is refusals.REFUSALS:
+        _check_world_size(args, int(os.environ.get("WORLD_SIZE", "1")), config)
+
+
+def _check_world_size(args: Any, world: int, config: SeqParConfig) -> None:
+    lengths.check_world_size(
+        world,
+        config.sequence_parallel_size,
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+    )
+
+
 def _refuse_late(args: Any, config: SeqParConfig) -> None:
     """The refusals that can only be judged when the namespace is complete."""
     # Our own fold must not be mistaken for the user's context parallelism.
@@ -139,6 +158,7 @@ def _refuse_late(args: Any, config: SeqParConfig) -> None:
         )
     table = [row for row in refusals.REFUSALS if row.attribute != "context_parallel_size"]
     refusals.refuse(args, context(config), refusals.ARGUMENTS, table=table)
+    _check_world_size(args, args.world_size, config)
     length = lengths.sequence_length(args)
     if length is not None:
         split = args.tensor_model_parallel_size if args.sequence_parallel else 1

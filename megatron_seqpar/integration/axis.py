@@ -16,8 +16,9 @@ never appears here: it is a group rank (position on the axis) or a global rank.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,14 +34,15 @@ from megatron_seqpar.integration import state
 class Axis:
     """The SP axis of this process.
 
-    group: communicator over the axis; the stock context-parallel group itself when size is 1.
+    group: communicator over the axis; with one rank the stock context-parallel group itself, or
+        None when that has more ranks, as under stock context parallelism.
     global_ranks: global rank of every group rank, in order of token ownership.
     rank: this process's group rank.
     transport: the one transport that every attention layer of this process sends through, so
         that its counters cover the whole step; None when size is 1.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     global_ranks: tuple[int, ...]
     rank: int
     transport: Any
@@ -120,59 +122,81 @@ def remove_getters() -> None:
             delattr(parallel_state, getter.__name__)
 
 
-def build(timeout_minutes: float) -> Axis:
+def build(groups: Sequence[Sequence[int]], timeout_minutes: float) -> Axis:
     """Make the axis over the ranks of Megatron's context-parallel group.
 
-    Every member of the group calls this; other groups do the same at the same time and need not
-    be waited for. The communicator is warmed with one reduction, because a communicator that
-    first comes to life inside a pipeline stage's point-to-point call can deadlock.
+    groups: global ranks of every context-parallel group of the job. Every rank makes all of
+        them, in this order: a communicator that only its members take part in making hangs
+        where NCCL splits communicators off the default one.
+
+    The communicator is warmed with one reduction, because one that first comes to life inside a
+    pipeline stage's point-to-point call can deadlock.
     """
     global _axis
     from megatron.core import parallel_state
 
     cp_group = parallel_state.get_context_parallel_group()
     global_ranks = tuple(dist.get_process_group_ranks(cp_group))
-    size = len(global_ranks)
-    timeout = timedelta(minutes=timeout_minutes)
     if not state.active():
-        here = dist.get_rank()
-        alone = cp_group
-        if size > 1:  # stock context parallelism, which is not our axis
-            alone = _new_group((here,), timeout)
-        _axis = Axis(alone, (here,), 0, transport=None)
+        # One rank; with stock context parallelism, which is not our axis, no group has that rank
+        # alone.
+        alone = cp_group if len(global_ranks) == 1 else None
+        _axis = Axis(alone, (dist.get_rank(),), 0, transport=None)
         return _axis
-    if size != state.config().sequence_parallel_size:
+    if len(global_ranks) != state.config().sequence_parallel_size:
         raise UnsupportedError(
             f"--sequence-parallel-size {state.config().sequence_parallel_size}: the "
-            f"context-parallel group has {size} ranks; initialise Megatron with "
+            f"context-parallel group has {len(global_ranks)} ranks; initialise Megatron with "
             "context_parallel_size equal to the sequence-parallel size."
         )
-    group = _new_group(global_ranks, timeout)
-    warm = torch.zeros(1, device=_communication_device(group))
-    dist.all_reduce(warm, group=group)
+    mine = None
+    for ranks in groups:
+        group = parallel_state.create_group(
+            list(ranks),
+            timeout=timedelta(minutes=timeout_minutes),
+            group_desc="SEQUENCE_PARALLEL_GROUP",
+        )
+        if tuple(ranks) == global_ranks:
+            mine = group
+    if mine is None:
+        raise SeqParError(
+            f"Megatron made no context-parallel group of ranks {list(global_ranks)} that the "
+            "sequence-parallel axis could follow"
+        )
+    dist.all_reduce(torch.zeros(1, device=_communication_device(mine)), group=mine)
     from megatron_seqpar.attention.transport import ProcessGroupTransport
 
-    _axis = Axis(group, global_ranks, dist.get_rank(group), ProcessGroupTransport(group))
+    _axis = Axis(mine, global_ranks, dist.get_rank(mine), ProcessGroupTransport(mine))
     return _axis
 
 
-def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
-    """A communicator that only its members take part in making."""
+@contextlib.contextmanager
+def _context_parallel_groups() -> Iterator[list[list[int]]]:
+    """Collect the ranks of every context-parallel group that Megatron makes inside the block."""
     from megatron.core import parallel_state
 
-    return parallel_state.create_group(
-        list(ranks),
-        timeout=timeout,
-        use_local_synchronization=True,
-        group_desc="SEQUENCE_PARALLEL_GROUP",
-    )
+    create_group = parallel_state.create_group
+    signature = inspect.signature(create_group)
+    found: list[list[int]] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        if arguments.get("group_desc") == "CONTEXT_PARALLEL_GROUP":
+            found.append(list(arguments["ranks"]))
+        return create_group(*args, **kwargs)
+
+    parallel_state.create_group = recording
+    try:
+        yield found
+    finally:
+        parallel_state.create_group = create_group
 
 
 def _communication_device(group: dist.ProcessGroup) -> torch.device:
     """Where tensors must live to travel through `group`."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if dist.get_backend(group) in ("gloo", "fake") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def reset() -> None:
@@ -198,8 +222,9 @@ def wrap_initialize_model_parallel(original: Callable[..., None]) -> Callable[..
                     "--context-parallel-size."
                 )
             bound.arguments["context_parallel_size"] = size
-        original(*bound.args, **bound.kwargs)
-        build(bound.arguments["distributed_timeout_minutes"])
+        with _context_parallel_groups() as groups:
+            original(*bound.args, **bound.kwargs)
+        build(groups, bound.arguments["distributed_timeout_minutes"])
 
     initialize_model_parallel.__doc__ = original.__doc__
     return initialize_model_parallel

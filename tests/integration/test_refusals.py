@@ -165,6 +165,7 @@ def parser(monkeypatch, world):
         parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
         parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
         parser.add_argument("--attention-dropout", type=float, default=0.1)
+        parser.add_argument("--use-checkpoint-args", action="store_true")
         return parser
 
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -203,6 +204,13 @@ def test_parsing_refuses(monkeypatch, argv, text):
         parser(monkeypatch, 8).parse_args(argv)
 
 
+def test_what_a_checkpoint_decides_is_judged_after_it_is_read(monkeypatch):
+    argv = ["--sequence-parallel-size", "3", "--use-checkpoint-args"]
+    assert parser(monkeypatch, 8).parse_args(argv).attention_dropout == 0.1
+    with pytest.raises(UnsupportedError, match="Drop --context-parallel-size"):
+        parser(monkeypatch, 8).parse_args([*argv, "--context-parallel-size", "2"])
+
+
 @pytest.mark.parametrize("length", [252, 256])
 def test_validation_accepts_odd_shares(length):
     """Stock validation wants two chunks a rank; one is enough here, and the length survives."""
@@ -220,7 +228,9 @@ def test_validation_accepts_odd_shares(length):
         encoder_seq_length=None,
         sequence_parallel=False,
         tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
         max_position_embeddings=length,
+        world_size=8,
     )
     result = arguments.wrap_validate_args(stock)(args)
     assert result.seq_length == result.encoder_seq_length == length

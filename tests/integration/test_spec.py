@@ -178,3 +178,12 @@ def test_named_kernel_at_size_one_uses_our_attention(axis_of_two):
     install(SeqParConfig(kernel="cpu"))
     built = model(gpt_layer_specs.get_gpt_layer_local_spec(), config(context_parallel_size=1))
     assert audit(built) == 2
+
+
+def test_exported_spec_holds_our_attention(axis_of_two):
+    from megatron_seqpar.integration.spec import seqpar_layer_spec
+
+    cfg = config(normalization="RMSNorm", transformer_impl="local")
+    spec = seqpar_layer_spec(cfg)
+    assert set(attentions(spec)) == {SeqParCoreAttention}
+    assert audit(model(spec, cfg)) == 2

@@ -75,6 +75,7 @@ def test_masked_tokens_gathered_on_one_rank(tmp_path):
     both(tmp_path, *evaluation, mask=0.5)
 
 
+@pytest.mark.slow
 def test_share_of_odd_length(tmp_path):
     """Stock context parallelism wants two chunks a rank; the axis does not."""
     both(tmp_path, "--seq-length", "94")
@@ -86,17 +87,22 @@ def test_mixture_of_experts_and_multi_token_prediction(tmp_path):
 
 
 @pytest.mark.slow
+def test_latent_attention(tmp_path):
+    at = MODEL.index("--group-query-attention")
+    latent = (
+        "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 16 --qk-head-dim 16 "
+        "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type yarn --seqpar-kernel cpu"
+    )
+    both(tmp_path, *latent.split(), model=MODEL[:at] + MODEL[at + 3 :])
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
 def test_hybrid_model(tmp_path):
     at = MODEL.index("--num-layers")
     model = MODEL[:at] + MODEL[at + 2 :]
     spec = ("--spec", "local_hybrid_spec", "hybrid_stack_spec", "--hybrid-layer-pattern", "*-*-")
     both(tmp_path, *spec, model=model, script=Path(str(CHECKOUT)) / "pretrain_hybrid.py")
-
-
-def test_exported_spec_is_accepted(tmp_path):
-    spec = ("--spec", "megatron_seqpar.integration.spec", "seqpar_layer_spec")
-    trained(launch(2, *SP2, *spec))
 
 
 def test_checkpoints_go_through_stock_megatron_and_back(tmp_path, one_rank):

@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_seqpar", "megatron_seqpar.*"]),
-    package_data={"megatron_seqpar": ["py.typed"]},
+    package_data={"megatron_seqpar": ["py.typed", "cpu_runtime/site/*.py"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.19.0",

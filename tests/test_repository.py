@@ -151,3 +151,14 @@ def test_the_license_is_whole() -> None:
     text = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a git checkout")
+def test_no_source_file_is_ignored_by_git() -> None:
+    """A file that .gitignore hides works here and is missing in every clone."""
+    listing = ["git", "ls-files", "--others", "--ignored", "--exclude-standard"]
+    folders = ["megatron_seqpar", "tests", "scripts", "benchmarks", "configs", "docs", "patches"]
+    found = subprocess.run(
+        [*listing, "--", *folders], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [name for name in found if not name.endswith(".pyc")] == []

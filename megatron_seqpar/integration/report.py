@@ -26,6 +26,7 @@ import torch
 from megatron.core import package_info, parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
+from megatron.training.training import num_floating_point_operations
 
 import megatron_seqpar
 from megatron_seqpar import cpu_runtime
@@ -221,6 +222,10 @@ def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             "timed_steps": len(timed),
             "seconds_per_step": seconds,
             "tokens_per_second": timed[0]["tokens"] / seconds if seconds else None,
+            # what Megatron divides by time and ranks for the throughput it logs
+            "floating_point_operations_per_step": num_floating_point_operations(
+                args, args.global_batch_size
+            ),
             "peak_memory_bytes": max(record["peak_memory_bytes"] for record in ranks),
             "bytes_sent_per_rank_and_step": (
                 None if bytes_per_step is None else bytes_per_step / len(ranks)

@@ -49,6 +49,8 @@ def check_same_run(ours: Trained, reference: Trained) -> None:
         apart = differences(ours_each, reference_each)
         assert max(apart[:10]) <= 1e-5, apart
         assert max(apart) <= 1e-4, apart
+    counted = "floating_point_operations_per_step"  # of the whole sequence, for Megatron's log
+    assert ours.report["summary"][counted] == reference.report["summary"][counted] > 0
     assert reference.losses[-1] < 0.8 * reference.losses[0], "the model must have learnt something"
 
 

@@ -10,6 +10,7 @@
 
 SEQPAR_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SEQPAR_VENV="${SEQPAR_VENV:-$SEQPAR_REPO/.venv}"
+[[ "$SEQPAR_VENV" == /* ]] || SEQPAR_VENV="$PWD/$SEQPAR_VENV" # the scripts change folder later
 SEQPAR_SYSTEM_SITE="${SEQPAR_SYSTEM_SITE:-auto}"
 # One thread a rank: ranks on one machine otherwise fight for the same cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

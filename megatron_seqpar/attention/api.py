@@ -58,7 +58,7 @@ def dist_flash_attention(
     v: torch.Tensor,
     *,
     group: dist.ProcessGroup | Transport | None = None,
-    mask: Mask = Causal(),  # noqa: B008 - frozen
+    mask: Mask | str = Causal(),  # noqa: B008 - frozen
     schedule: str = "auto",
     token_layout: str = "contiguous",
     softmax_scale: float | None = None,
@@ -83,7 +83,7 @@ def dist_flash_attention(
         v: `[b, s_local, hkv, dv]`.
         group: the SP axis: a process group, a `Transport`, or None for the default process group
             (one rank when torch.distributed is not initialised).
-        mask: `Causal()` or `Full()`, over positions of the whole sequence.
+        mask: `Causal()` or `Full()` (or its name), over positions of the whole sequence.
         schedule: "auto" or a builder's name (`schedules.names()`).
         token_layout: "contiguous": rank r owns the r-th chunk.
         softmax_scale: default dk ** -0.5.
@@ -94,10 +94,11 @@ def dist_flash_attention(
             natural
             log; it carries no gradient.
         overlap: False waits for transfers before computing (slower; to measure what overlap gives).
-        seq_length: tokens of the whole sequence, when it is not `s_local * size`: chunks as even as
-            can
-            be, the longer ones first.
-        lengths: tokens of every rank, when chunks are split in another way.
+        seq_length: tokens of the whole sequence, in chunks as even as can be, the longer ones
+            first; or
+        lengths: tokens of every rank. With neither, ranks tell one another their lengths at every
+            call, whatever those are: one small collective that the CPU waits for. Training loops
+            know the length and should say it.
         known: (out, lse) of the same call made before, to replay it without computing or sending.
 
     Returns:
@@ -118,7 +119,8 @@ def dist_flash_attention(
     q, k, v = (_checked(name, t, order) for name, t in (("q", q), ("k", k), ("v", v)))
     _check_together(q, k, v)
     transport = transport_of(group)
-    chunk_lengths = _lengths(q.shape[1], transport, seq_length, lengths)
+    transport.prepare(q.device)
+    chunk_lengths = _lengths(q, transport, seq_length, lengths)
     plan = build_schedule(
         schedule,
         size=transport.size,
@@ -137,7 +139,6 @@ def dist_flash_attention(
         value_dim=v.shape[3],
         deterministic=deterministic,
     )
-    transport.prepare(q.device)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     run = Execution(plan, transport, chosen, scale, deterministic, overlap)
     if known is not None:
@@ -171,12 +172,13 @@ def _check_together(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _lengths(
-    local: int, transport: Transport, seq_length: int | None, lengths: tuple[int, ...] | None
+    q: torch.Tensor, transport: Transport, seq_length: int | None, lengths: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    if lengths is None:
-        if seq_length is None:
-            return (local,) * transport.size
+    local = q.shape[1]
+    if seq_length is not None:
         lengths = even_lengths(seq_length, transport.size)
+    elif lengths is None:
+        return transport.gather_lengths(local, q.device)
     if len(lengths) != transport.size or lengths[transport.rank] != local:
         raise UnsupportedError(
             f"rank {transport.rank} of {transport.size} holds {local} tokens, but the chunks are "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from ..errors import ScheduleError
 from .layouts import Span
 
 
@@ -84,3 +85,12 @@ def _triangle(queries: int, keys: int) -> int:
 
 
 MASKS: dict[str, Mask] = {"causal": Causal(), "full": Full()}
+
+
+def as_mask(mask: Mask | str) -> Mask:
+    """A mask, or the one of that name; `ScheduleError` lists the names."""
+    if not isinstance(mask, str):
+        return mask
+    if mask not in MASKS:
+        raise ScheduleError(f"mask={mask!r} is unknown; use one of {', '.join(MASKS)}")
+    return MASKS[mask]

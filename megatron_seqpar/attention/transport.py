@@ -55,6 +55,9 @@ class Transport(Protocol):
     def prepare(self, device: torch.device) -> None:
         """Called by every rank of the group before its first exchange."""
 
+    def gather_lengths(self, local: int, device: torch.device) -> tuple[int, ...]:
+        """The local token counts of all ranks, in rank order; every rank calls it, and waits."""
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Post all messages of one step without waiting."""
 
@@ -91,6 +94,12 @@ class ProcessGroupTransport:
         if not self._prepared and self.size > 1 and device.type == "cuda":
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         self._prepared = True
+
+    def gather_lengths(self, local: int, device: torch.device) -> tuple[int, ...]:
+        own = torch.tensor([local], device=device)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own, group=self.group)
+        return tuple(int(length) for length in torch.cat(every).tolist())
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if not sends and not receives:
@@ -181,6 +190,14 @@ class ThreadTransport:
     def prepare(self, device: torch.device) -> None:
         """Nothing to build."""
 
+    def gather_lengths(self, local: int, device: torch.device) -> tuple[int, ...]:
+        peers = [rank for rank in range(self.size) if rank != self.rank]
+        for peer in peers:
+            self._room.boxes[self.rank, peer].put(torch.tensor(local))
+        lengths = {peer: int(self._room.take(peer, self.rank)) for peer in peers}
+        lengths[self.rank] = local
+        return tuple(lengths[rank] for rank in range(self.size))
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         for m in sends:
             # a copy, as on a wire: the sender may change its tensor afterwards
@@ -199,6 +216,9 @@ class LocalTransport:
 
     def prepare(self, device: torch.device) -> None:
         """Nothing to build."""
+
+    def gather_lengths(self, local: int, device: torch.device) -> tuple[int, ...]:
+        return (local,)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if sends or receives:

@@ -143,6 +143,7 @@ class SeqParCoreAttention(MegatronModule):
             deterministic=bool(self.config.deterministic_mode),
             return_lse=True,
             overlap=settings.overlap,
+            seq_length=query.shape[0] * self._transport.size,  # chunks are equal in training
         )
         keepsake = recompute.current()
         output = compute()[0] if keepsake is None else keepsake.attend(compute)

@@ -8,6 +8,7 @@ import torch
 
 from megatron_seqpar.attention import (
     Causal,
+    ContiguousLayout,
     Full,
     LocalTransport,
     Mask,
@@ -111,6 +112,21 @@ def test_overlap_changes_nothing_but_time() -> None:
     assert sent == also_sent
 
 
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (5, 12, 7), (1, 2, 21)])
+def test_ranks_find_out_lengths_that_nobody_told_them(lengths: tuple[int, ...]) -> None:
+    data = inputs(2, 24, 4, 2, 16)
+    truth = attention(data, causal=True)
+    chunks = ContiguousLayout(lengths).chunks
+
+    def work(transport: ThreadTransport) -> torch.Tensor:
+        mine = slice(*chunks[transport.rank])
+        out = dist_flash_attention(*(t[:, mine] for t in data[:3]), group=transport, mask="causal")
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    assert (torch.cat(ThreadTransport.run(3, work), 1) - truth.out).abs().max() < 1e-8
+
+
 @pytest.mark.parametrize("tensor_layout", ["bshd", "sbhd", "bhsd"])
 def test_tensor_layouts_and_strides(tensor_layout: str) -> None:
     """Strided q, k, v as they come out of one projection, in every order of dims."""
@@ -202,6 +218,8 @@ def test_bad_input_is_refused_by_name() -> None:
         _refused(data, kernel="magic")
     with pytest.raises(KernelError, match=r"kernel='aten': serves cuda tensors, not cpu; use "):
         _refused(data, kernel="aten")
+    with pytest.raises(ScheduleError, match=r"mask='window' is unknown; use one of causal, full"):
+        _refused(data, mask="window")
     with pytest.raises(UnsupportedError, match="token_layout='zigzag'"):
         _refused(data, token_layout="zigzag")
     with pytest.raises(UnsupportedError, match="tensor_layout='hsbd'"):

@@ -4,7 +4,13 @@
 import torch
 import torch.distributed as dist
 
-from megatron_seqpar.attention import Causal, Full, ProcessGroupTransport, build_schedule
+from megatron_seqpar.attention import (
+    Causal,
+    ContiguousLayout,
+    Full,
+    ProcessGroupTransport,
+    build_schedule,
+)
 from tests.support.pool import GlooPool
 from tests.support.sharded import join, one_rank
 from tests.support.truth import Attention, attention, inputs, largest_difference
@@ -59,13 +65,13 @@ def test_the_whole_world_even_and_odd(six_ranks: GlooPool) -> None:
 
 
 def _default_group(rank: int) -> float:
-    """`group=None` means the world; called twice, its transport is kept."""
+    """`group=None` means the world; chunks of any length, told to nobody."""
     from megatron_seqpar.attention import dist_flash_attention
     from megatron_seqpar.attention.transport import transport_of
 
     data = inputs(1, 24, 2, 2, 8)
     truth = attention(data, causal=True)
-    mine = slice(4 * rank, 4 * rank + 4)
+    mine = slice(*ContiguousLayout((3, 6, 1, 4, 8, 2)).chunks[rank])
     out = dist_flash_attention(*(t[:, mine] for t in data[:3]))
     assert transport_of(None) is transport_of(dist.group.WORLD)
     assert isinstance(out, torch.Tensor)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from ...errors import ScheduleError
 from ..ir import Problem
 from ..layouts import ContiguousLayout
-from ..masks import Causal, Mask
+from ..masks import Causal, Mask, as_mask
 from ..schedule import Schedule
 from . import balanced, ring
 from .placement import Placement
@@ -35,7 +35,7 @@ def build_schedule(
     size: int,
     seq_length: int | None = None,
     lengths: Sequence[int] | None = None,
-    mask: Mask = Causal(),  # noqa: B008 - frozen
+    mask: Mask | str = Causal(),  # noqa: B008 - frozen
     query_heads: int = 1,
     kv_heads: int | None = None,
     head_dim: int = 128,
@@ -48,7 +48,7 @@ def build_schedule(
         size: ranks of the SP axis.
         seq_length: tokens of the whole sequence, split as evenly as can be; or
         lengths: tokens of each rank.
-        mask: which pairs interact.
+        mask: which pairs interact, or its name.
         query_heads, kv_heads, head_dim, value_dim: as in `Problem`; kv_heads defaults to
             query_heads,
             value_dim to head_dim. They only count for bytes and for "auto".
@@ -59,7 +59,7 @@ def build_schedule(
     """
     problem = Problem(
         layout=ContiguousLayout.of(size, seq_length=seq_length, lengths=lengths),
-        mask=mask,
+        mask=as_mask(mask),
         query_heads=query_heads,
         kv_heads=query_heads if kv_heads is None else kv_heads,
         head_dim=head_dim,

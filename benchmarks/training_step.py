@@ -135,7 +135,8 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xlabel("tokens a sequence")
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.suptitle("Training step on two CPU cores, one thread a rank, fp32")
     figure.savefig(path, dpi=140)
 

@@ -162,3 +162,25 @@ def test_no_source_file_is_ignored_by_git() -> None:
         [*listing, "--", *folders], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert [name for name in found if not name.endswith(".pyc")] == []
+
+
+def test_no_lone_sends_or_receives() -> None:
+    """NCCL gives a lone send a communicator of its own for the pair, and can deadlock making it."""
+    lone = {"send", "recv", "isend", "irecv"}
+    for path in CODE:
+        if PACKAGE not in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                called = node.func.attr in lone and owner in ("dist", "torch.distributed")
+                assert not called, f"{path}:{node.lineno}: use batch_isend_irecv"
+
+
+def test_every_test_that_the_regression_list_names_exists() -> None:
+    text = (REPOSITORY / "docs" / "regressions.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::([\w*]+)`", text)
+    assert len(named) >= 12
+    for file, test in named:
+        source = (REPOSITORY / file).read_text(encoding="utf-8")
+        assert test == "*" or f"def {test}(" in source, f"{file}::{test}"

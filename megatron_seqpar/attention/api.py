@@ -91,8 +91,7 @@ def dist_flash_attention(
         kernel: "auto" or a backend's name (`kernels.names()`).
         deterministic: ask the kernel for bitwise repeatable gradients. Sums over ranks always are.
         return_lse: also return the log-sum-exp, `[b, h, s_local]`, fp32 (fp64 for fp64 inputs),
-            natural
-            log; it carries no gradient.
+            natural log; it carries no gradient.
         overlap: False waits for transfers before computing (slower; to measure what overlap gives).
         seq_length: tokens of the whole sequence, in chunks as even as can be, the longer ones
             first; or

@@ -283,10 +283,8 @@ def output_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """A stand-in for the attention output: any tensor with rowsum(dout * it) == delta.
 
     Backward kernels use the output only to form delta, so a Q-route sends delta (one number a row
-    and
-    head) instead of the output. Among all such tensors this is the shortest, dout * delta /
-    |dout|^2,
-    never longer than the true output, so it rounds no worse in low precision.
+    and head) instead of the output. Among all such tensors this is the shortest, dout * delta /
+    |dout|^2, never longer than the true output, so it rounds no worse in low precision.
 
     Args:
         dout: `[b, s, h, dv]`.

@@ -131,8 +131,7 @@ class Problem:
         layout: which tokens each rank owns.
         mask: which pairs interact.
         query_heads, kv_heads: per rank of the SP axis (after any TP split); query_heads is a
-            multiple
-            of kv_heads (GQA); kv_heads == query_heads is MHA, kv_heads == 1 is MQA.
+            multiple of kv_heads (GQA); kv_heads == query_heads is MHA, kv_heads == 1 is MQA.
         head_dim: of queries and keys. value_dim: of values and outputs.
     """
 

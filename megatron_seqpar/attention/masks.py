@@ -2,8 +2,7 @@
 """Masks: which (query, key/value) pairs interact, asked about ranges and never materialised.
 
 A mask is a small frozen value: it is hashable (built schedules are cached by it), needs no torch,
-and
-answers two questions about a tile: how many pairs interact, and what a kernel must be told.
+and answers two questions about a tile: how many pairs interact, and what a kernel must be told.
 """
 
 from __future__ import annotations

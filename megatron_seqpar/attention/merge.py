@@ -19,8 +19,7 @@ class OutputAccumulator:
     """Running attention output over disjoint sets of keys, for one range of queries.
 
     Shapes: out `[b, s, h, dv]`, lse `[b, h, s]` (natural log, fp32 or fp64). A query that has seen
-    no
-    key has lse -inf and output 0.
+    no key has lse -inf and output 0.
     """
 
     def __init__(self, tokens: int, dtype: torch.dtype) -> None:

@@ -4,8 +4,7 @@
 One call, `exchange`, posts all sends and receives of a step and returns at once; the handle's
 `wait`
 makes the receives usable. There are no tags: two ranks post their messages to each other in one
-agreed
-order (`verify` proves it). Ranks here are always *group* ranks.
+agreed order (`verify` proves it). Ranks here are always *group* ranks.
 
 * `ProcessGroupTransport`: torch.distributed (NCCL, gloo), grouped point-to-point calls only. Lone
   sends on NCCL create a communicator for each pair of ranks when first used, and deadlock.

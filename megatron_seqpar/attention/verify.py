@@ -3,12 +3,10 @@
 
 Proved, for one pass: every interacting (query, key) pair is computed exactly once; every operand is
 on the rank that uses or sends it when it does; every result that belongs to another rank is
-returned
-exactly once, after its last tile; every send has its receive, in the same order per pair of ranks
-(the
-transports have no tags); the steps run to their end without deadlock when neither sends nor
-receives
-are buffered; received operands are freed, and never more than two steps' worth are held.
+returned exactly once, after its last tile; every send has its receive, in the same order per pair
+of ranks (the transports have no tags); the steps run to their end without deadlock when neither
+sends nor receives are buffered; received operands are freed, and never more than two steps' worth
+are held.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 """The table of kernel backends, and the choice among them.
 
 An explicit choice that cannot serve the call raises and says what can; "auto" takes the first
-record
-of the table that is installed and serves the call, and logs which one.
+record of the table that is installed and serves the call, and logs which one.
 """
 
 from __future__ import annotations

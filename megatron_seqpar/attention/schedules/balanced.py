@@ -3,10 +3,8 @@
 
 Under a causal mask query chunk i meets the key/value chunks j <= i, so later ranks own more tiles.
 Step 0 is everyone's diagonal. At step t a rank r >= t computes its own tile (r, r-t) on the keys
-and
-values of r-t; the ranks r < t, which have no tile left at that distance, compute (P+r-t, r) for
-rank
-P+r-t: they receive its queries, use their own keys and values, and return the partial output.
+and values of r-t; the ranks r < t, which have no tile left at that distance, compute (P+r-t, r) for
+rank P+r-t: they receive its queries, use their own keys and values, and return the partial output.
 
     P = 5          kv 0    1    2    3    4         a letter pair is "step:rank that computes"
       q 0        0:0

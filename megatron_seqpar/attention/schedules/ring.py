@@ -3,10 +3,8 @@
 
 Every rank passes the keys and values it received on to the next rank, P-1 times, whatever the mask.
 At step t rank r holds those of rank r-t. Under a causal mask it has nothing to compute when r < t,
-so
-the last rank works P-1/2 units while the first works half a unit: the others wait for it, and an
-idle
-fraction of (P-1)/(2P-1) is lost. Dead transfers are made all the same, as a ring must.
+so the last rank works P-1/2 units while the first works half a unit: the others wait for it, and an
+idle fraction of (P-1)/(2P-1) is lost. Dead transfers are made all the same, as a ring must.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _run(name: str, way: Way, training: Training, folder: Path) -> dict[str, Any
     }
 
 
-def _unfused_gib(length: int, heads: int, ranks: int) -> float:
+def _unfused_gib(length: int, heads: int) -> float:
     """Score, probability and gradient matrices of one layer's unfused attention, all ranks."""
     return 5 * heads * length * length * 4 / 2**30
 
@@ -170,9 +170,9 @@ def main(
     for length in (int(t) for t in tokens.split(",")):
         training = Training(model, corpus, work / "cache", steps, length, batch=1)
         skipped = {
-            name: f"unfused attention needs about {_unfused_gib(length, heads, way.ranks):.0f} GiB"
+            name: f"unfused attention needs about {_unfused_gib(length, heads):.0f} GiB"
             for name, way in WAYS.items()
-            if way.stock and _unfused_gib(length, heads, way.ranks) > stock_limit_gib
+            if way.stock and _unfused_gib(length, heads) > stock_limit_gib
         }
         measured = []
         for number in range(rounds):

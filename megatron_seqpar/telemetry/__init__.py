@@ -3,4 +3,5 @@
 
 traffic.py   bytes and calls through torch.distributed, by kind of operation
 memory.py    peak memory of this process
+perfetto.py  trace files: bars on tracks, one process a rank
 """

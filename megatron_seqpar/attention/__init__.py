@@ -4,7 +4,7 @@
 Read in this order: `layouts` (which tokens a rank owns) -> `masks` (which pairs interact) -> `ir`
 (tiles, transfers, steps) -> `schedules/` (who computes which tile when) -> `assemble`, `verify`,
 `schedule` (what moves, the proof, the numbers; no torch up to here) -> `kernels/`, `transport`,
-`merge` -> `execute` -> `api`.
+`merge`, `operands` -> `execute` -> `api`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .ir import Payload, Problem, Route, Step, Tile, Transfer
-from .layouts import ContiguousLayout, Span, even_lengths
-from .masks import Causal, Full, Mask
+from .layouts import Span, TokenLayout, even_lengths
+from .masks import (
+    Causal,
+    Documents,
+    Full,
+    Mask,
+    Prefix,
+    Ranges,
+    Region,
+    SlidingWindow,
+    as_mask,
+)
 from .schedule import Schedule
 from .schedules import build_schedule
 
@@ -24,22 +34,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Causal",
-    "ContiguousLayout",
     "Counters",
+    "Documents",
     "Full",
     "LocalTransport",
     "Mask",
     "Payload",
+    "Prefix",
     "Problem",
     "ProcessGroupTransport",
+    "Ranges",
+    "Region",
     "Route",
     "Schedule",
+    "SlidingWindow",
     "Span",
     "Step",
     "ThreadTransport",
     "Tile",
+    "TokenLayout",
     "Transfer",
     "Transport",
+    "as_mask",
     "build_schedule",
     "dist_flash_attention",
     "even_lengths",

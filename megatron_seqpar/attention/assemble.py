@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From placed tiles to a schedule: derive every transfer of the forward or the backward pass.
+"""From placed rectangles to a plan: cut them into tiles, derive every transfer of one pass.
 
-A builder only says which rank computes which tile at which step. What must move follows:
+A builder only says which rank computes which rectangle at which step. What must move follows:
 
-* an operand that the computing rank does not own is fetched one step before its first use, straight
-  from its owner (unless the builder relays keys and values itself), and freed after its last use;
-* a result that belongs to another rank is summed up where it is computed and returned once, one
-step
-  after its last tile: (out, LSE) in the forward pass, dq and (dk, dv) in the backward pass.
+* operands that the computing rank does not own are fetched one step before their first use, each
+  token once, only those that a tile needs, straight from their owner, and freed after their last
+  use;
+* results that belong to another rank are summed up where they are computed and returned once, one
+  step after their last tile: (out, LSE) in the forward pass, dq and (dk, dv) in the backward pass.
+
+Two things change the routes of keys and values: a builder may relay them itself, and where several
+ranks of a node need the same ones of another node, they may cross once, to a *gateway* rank that
+passes them on (and sums up the gradients that go back).
 
 The backward plan therefore needs no rules of its own.
 """
@@ -15,35 +19,67 @@ The backward plan therefore needs no rules of its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from ..errors import ScheduleError
-from .ir import RETURNS, Direction, Payload, Placed, Plan, Problem, Step, Tile, Transfer
+from .ir import Direction, Key, Payload, Placed, Plan, Problem, Step, Tile, Transfer
 from .layouts import Span
-from .masks import TileKind
+
+
+class PlacedTile(NamedTuple):
+    """A tile, who computes it and when."""
+
+    step: int
+    rank: int
+    tile: Tile
+
+
+def cut_tiles(problem: Problem, placed: Iterable[Placed]) -> tuple[PlacedTile, ...]:
+    """The tiles of placed rectangles; what no pair of the mask lies in is dropped."""
+    return tuple(
+        PlacedTile(
+            p.step,
+            p.rank,
+            Tile(part.q, part.kv, p.heads or problem.all_heads, part.low, part.high, part.pairs),
+        )
+        for p in placed
+        for part in problem.index.clip(p.q, p.kv)
+    )
 
 
 def assemble(
     problem: Problem,
-    placed: Iterable[Placed],
+    tiles: Sequence[PlacedTile],
     *,
-    relay: Iterable[tuple[int, Transfer]] | None = None,
+    relay: Sequence[tuple[int, Transfer]] | None = None,
+    gateways: bool = False,
     direction: Direction = "forward",
 ) -> Plan:
     """Build the plan of one pass from placed tiles.
 
     Args:
         problem: sizes, token layout and mask.
-        placed: tiles by step and rank; empty ones (no interacting pair) are dropped.
+        tiles: by step and rank.
         relay: KV transfers `(step, transfer)` that replace the direct ones, for builders in which
             ranks pass on what they received.
+        gateways: whether keys and values cross between nodes once a node.
         direction: which pass.
 
     Raises:
-        ScheduleError: a tile that no kernel can serve in one call, or one that spans two owners.
+        ScheduleError: heads that a kernel cannot serve in one call, or a relay that does not bring
+            what a tile needs.
     """
-    kept = [p for p in placed if problem.mask.pairs(p.q, p.kv) > 0]
-    return _Assembly(problem, kept, None if relay is None else list(relay), direction).build()
+    return _Assembly(problem, tiles, relay, gateways, direction).build()
+
+
+class _Need(NamedTuple):
+    """A token range that a rank needs from its owner, or owes to it, at a step."""
+
+    span: Span
+    owner: int
+    step: int
 
 
 class _Assembly:
@@ -52,109 +88,203 @@ class _Assembly:
     def __init__(
         self,
         problem: Problem,
-        placed: list[Placed],
-        relay: list[tuple[int, Transfer]] | None,
+        tiles: Sequence[PlacedTile],
+        relay: Sequence[tuple[int, Transfer]] | None,
+        gateways: bool,
         direction: Direction,
     ) -> None:
-        self.problem, self.direction = problem, direction
-        self.placed, self.relay = placed, relay
-        self.tiles: dict[tuple[int, int], list[Tile]] = defaultdict(list)
+        self.problem, self.relay, self.forward = problem, relay, direction == "forward"
+        self.tiles = tiles
+        self.node = problem.node_size if gateways else 1
         self.transfers: dict[int, list[Transfer]] = defaultdict(list)
-        # (rank, payload, span) of a received operand -> first and last step that needs it
-        self.uses: dict[tuple[int, Payload, Span], tuple[int, int]] = {}
-        self.sources: dict[tuple[int, Payload, Span], int] = {}
-        # (rank, payload, span, owner) of a result that goes back -> step of its last tile
-        self.results: dict[tuple[int, Payload, Span, int], int] = {}
+        # (rank, what) -> last step at which a received operand is used or passed on
+        self.last_use: dict[tuple[int, Key], int] = {}
 
     def build(self) -> Plan:
-        forward = self.direction == "forward"
-        q_payload = Payload.Q if forward else Payload.Q_GRAD
-        # an operand needed at step 0 is fetched in a step of its own before it
-        shift = int(any(p.step == 0 and not self._is_local(p) for p in self.placed))
-        for p in self.placed:
-            step, tile = p.step + shift, self._tile(p)
-            self.tiles[p.rank, step].append(tile)
-            if tile.q_owner != p.rank:
-                self._fetch(p.rank, q_payload, tile.q, tile.q_owner, step)
-                self._return(
-                    p.rank, Payload.OUT if forward else Payload.DQ, tile.q, tile.q_owner, step
-                )
-            if tile.kv_owner != p.rank:
-                self._fetch(p.rank, Payload.KV, tile.kv, tile.kv_owner, step)
-                if not forward:
-                    self._return(p.rank, Payload.DKV, tile.kv, tile.kv_owner, step)
-        self._post_transfers(shift)
+        operands: dict[tuple[Payload, Span, int], list[_Need]] = defaultdict(list)
+        results: dict[tuple[Payload, Span, int], list[_Need]] = defaultdict(list)
+        q_operand, q_result = (
+            (Payload.Q, Payload.OUT) if self.forward else (Payload.Q_GRAD, Payload.DQ)
+        )
+        for step, rank, tile in self.tiles:
+            kv_heads = self.problem.kv_range(tile.heads)
+            for owner, part in self.problem.layout.split(tile.q):
+                if owner != rank:
+                    need = _Need(part, owner, step)
+                    operands[q_operand, tile.heads, rank].append(need)
+                    results[q_result, tile.heads, rank].append(need)
+            for owner, part in self.problem.layout.split(tile.kv):
+                if owner != rank:
+                    need = _Need(part, owner, step)
+                    operands[Payload.KV, kv_heads, rank].append(need)
+                    if not self.forward:
+                        results[Payload.DKV, kv_heads, rank].append(need)
+        self._relay(operands)
+        for (payload, heads), ranks in _by_kind(operands).items():
+            if payload is not Payload.KV or self.relay is None:
+                for members in self._groups(payload, ranks):
+                    self._fetch(payload, heads, members)
+        for (payload, heads), ranks in _by_kind(results).items():
+            for members in self._groups(payload, ranks):
+                self._return(payload, heads, members)
         return self._plan()
 
-    def _is_local(self, p: Placed) -> bool:
-        layout = self.problem.layout
-        return layout.owner(p.q) == p.rank == layout.owner(p.kv)
+    def _groups(
+        self, payload: Payload, ranks: dict[int, list[_Need]]
+    ) -> Iterable[dict[int, list[_Need]]]:
+        """Ranks whose needs are served together: those of a node, for keys and values."""
+        if self.node == 1 or payload not in (Payload.KV, Payload.DKV):
+            return [{rank: needs} for rank, needs in ranks.items()]
+        nodes: dict[int, dict[int, list[_Need]]] = defaultdict(dict)
+        for rank, needs in ranks.items():
+            nodes[rank // self.node][rank] = needs
+        return nodes.values()
 
-    def _tile(self, p: Placed) -> Tile:
-        mask, layout = self.problem.mask, self.problem.layout
-        kind = mask.kind(p.q, p.kv)
-        if kind is TileKind.PARTIAL:
-            raise ScheduleError(
-                f"tile q {p.q} x kv {p.kv} is neither full nor a diagonal "
-                f"square under mask {mask.name!r}; the builder must split it"
-            )
-        pairs = mask.pairs(p.q, p.kv)
-        return Tile(p.q, p.kv, layout.owner(p.q), layout.owner(p.kv), kind, pairs)
+    def _gateway(self, ranks: Sequence[int], owner: int) -> int | None:
+        """The rank over which `owner` deals with `ranks`, all of one node; None for directly."""
+        node = ranks[0] // self.node
+        if len(ranks) < 2 or owner // self.node == node:
+            return None
+        return node * self.node + owner % self.node
 
-    def _fetch(self, rank: int, payload: Payload, span: Span, owner: int, step: int) -> None:
-        key = rank, payload, span
-        first, last = self.uses.get(key, (step, step))
-        self.uses[key] = min(first, step), max(last, step)
-        self.sources[key] = owner
+    def _fetch(self, payload: Payload, heads: Span, members: dict[int, list[_Need]]) -> None:
+        for span, owner, uses in _segments(members, of_first=True):
+            gateway = self._gateway([rank for rank, _, _ in uses], owner)
+            key = payload, span, heads
+            for rank, first, last in uses:
+                source = owner if gateway is None or rank == gateway else gateway
+                if rank != gateway:
+                    self._move(key, source, rank, first - 1)
+                    self._keep(rank, key, last)
+            if gateway is not None:
+                arrive = min(first if rank == gateway else first - 1 for rank, first, _ in uses)
+                self._move(key, owner, gateway, arrive - 1)
+                for rank, first, last in uses:
+                    self._keep(gateway, key, last if rank == gateway else first - 1)
 
-    def _return(self, rank: int, payload: Payload, span: Span, owner: int, step: int) -> None:
-        key = rank, payload, span, owner
-        self.results[key] = max(self.results.get(key, step), step)
+    def _return(self, payload: Payload, heads: Span, members: dict[int, list[_Need]]) -> None:
+        for span, owner, uses in _segments(members, of_first=False):
+            gateway = self._gateway([rank for rank, _, _ in uses], owner)
+            key, summed = (payload, span, heads), 0
+            for rank, _, last in uses:
+                if gateway is None:
+                    self._move(key, rank, owner, last + 1)
+                elif rank == gateway:
+                    summed = max(summed, last)
+                else:
+                    self._move(key, rank, gateway, last + 1)
+                    summed = max(summed, last + 1)
+            if gateway is not None:
+                self._move(key, gateway, owner, summed + 1)
 
-    def _post_transfers(self, shift: int) -> None:
-        for (rank, payload, span), (first, _) in self.uses.items():
-            if payload is Payload.KV and self.relay is not None:
-                continue
-            source = self.sources[rank, payload, span]
-            self.transfers[first - 1].append(Transfer(payload, span, source, rank))
-        for (rank, payload, span, owner), last in self.results.items():
-            self.transfers[last + 1].append(Transfer(payload, span, rank, owner))
-        for step, transfer in self.relay or ():
-            step += shift
+    def _move(self, key: Key, src: int, dst: int, step: int) -> None:
+        payload, span, heads = key
+        self.transfers[step].append(Transfer(payload, span, src, dst, heads))
+
+    def _keep(self, rank: int, key: Key, step: int) -> None:
+        self.last_use[rank, key] = max(self.last_use.get((rank, key), step), step)
+
+    def _relay(self, operands: dict[tuple[Payload, Span, int], list[_Need]]) -> None:
+        if self.relay is None:
+            return
+        brought: dict[tuple[int, Span], list[Span]] = defaultdict(list)
+        for step, transfer in self.relay:
             self.transfers[step].append(transfer)
-            self._relay_lifetime(transfer.dst, transfer, step + 1)
-            if self.problem.layout.owner(transfer.span) != transfer.src:
-                self._relay_lifetime(transfer.src, transfer, step)
-
-    def _relay_lifetime(self, rank: int, transfer: Transfer, step: int) -> None:
-        key = rank, transfer.payload, transfer.span
-        first, last = self.uses.get(key, (step, step))
-        self.uses[key] = min(first, step), max(last, step)
+            brought[transfer.dst, transfer.heads].append(transfer.span)
+            self._keep(transfer.dst, transfer.key, step + 1)
+            if not self.problem.layout.owns(transfer.src, transfer.span):
+                self._keep(transfer.src, transfer.key, step)
+        for (payload, heads, rank), needs in operands.items():
+            for need in needs if payload is Payload.KV else ():
+                spans = [s for s in brought[rank, heads] if s.meet(need.span) == need.span]
+                if not spans:
+                    raise ScheduleError(f"the relay brings no {need.span} to rank {rank}")
+                self._keep(rank, (payload, spans[0], heads), need.step)
 
     def _plan(self) -> Plan:
-        size = self.problem.layout.size
-        count = 1 + max(
-            max((step for _, step in self.tiles), default=0), max(self.transfers, default=0)
+        # what is needed at step 0 is fetched in steps of its own before it
+        shift = max(0, -min(self.transfers, default=0))
+        count = (
+            1
+            + shift
+            + max(
+                max((step for step, _, _ in self.tiles), default=0), max(self.transfers, default=0)
+            )
         )
+        tiles: dict[tuple[int, int], list[Tile]] = defaultdict(list)
         sends: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         receives: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-        frees: dict[tuple[int, int], list[tuple[Payload, Span]]] = defaultdict(list)
+        frees: dict[tuple[int, int], list[Key]] = defaultdict(list)
+        for step, rank, tile in self.tiles:
+            tiles[rank, step + shift].append(tile)
         for step, transfers in self.transfers.items():
             for transfer in sorted(transfers, key=lambda t: t.order):
-                sends[transfer.src, step].append(transfer)
-                receives[transfer.dst, step].append(transfer)
-        for (rank, payload, span), (_, last) in self.uses.items():
-            if payload not in RETURNS:
-                frees[rank, min(last, count - 1)].append((payload, span))
+                sends[transfer.src, step + shift].append(transfer)
+                receives[transfer.dst, step + shift].append(transfer)
+        for (rank, key), last in self.last_use.items():
+            frees[rank, min(last + shift, count - 1)].append(key)
         return tuple(
             tuple(
                 Step(
-                    tuple(self.tiles[rank, step]),
-                    tuple(sends[rank, step]),
-                    tuple(receives[rank, step]),
-                    tuple(frees[rank, step]),
+                    tuple(tiles.get((rank, step), ())),
+                    tuple(sends.get((rank, step), ())),
+                    tuple(receives.get((rank, step), ())),
+                    tuple(frees.get((rank, step), ())),
                 )
                 for step in range(count)
             )
-            for rank in range(size)
+            for rank in range(self.problem.size)
         )
+
+
+def _by_kind(
+    needs: dict[tuple[Payload, Span, int], list[_Need]],
+) -> dict[tuple[Payload, Span], dict[int, list[_Need]]]:
+    kinds: dict[tuple[Payload, Span], dict[int, list[_Need]]] = defaultdict(dict)
+    for (payload, heads, rank), of_rank in needs.items():
+        kinds[payload, heads][rank] = of_rank
+    return kinds
+
+
+_Use = tuple[int, int, int]  # rank, first step, last step
+
+
+def _segments(
+    members: dict[int, list[_Need]], *, of_first: bool
+) -> list[tuple[Span, int, list[_Use]]]:
+    """Cut the needs of some ranks into disjoint token ranges that are each handled as one.
+
+    Neighbouring ranges of one owner stay together when the same ranks need them first at the same
+    steps (`of_first`; else: last at the same steps).
+    """
+    edges = sorted({edge for needs in members.values() for need in needs for edge in need.span})
+    number = {edge: at for at, edge in enumerate(edges)}
+    owners: dict[int, int] = {}
+    uses: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
+    for rank, needs in members.items():
+        for (start, stop), owner, step in needs:
+            for at in range(number[start], number[stop]):
+                owners[at] = owner
+                first, last = uses[at].get(rank, (step, step))
+                uses[at][rank] = min(first, step), max(last, step)
+    found: list[tuple[Span, int, list[_Use]]] = []
+    for at, (start, stop) in enumerate(pairwise(edges)):
+        if at not in owners:
+            continue
+        of_ranks = [(rank, *steps) for rank, steps in sorted(uses[at].items())]
+        if found:
+            span, owner, before = found[-1]
+            pick = 1 if of_first else 2
+            if (
+                span.stop == start
+                and owner == owners[at]
+                and [(u[0], u[pick]) for u in before] == [(u[0], u[pick]) for u in of_ranks]
+            ):
+                merged = [
+                    (a[0], min(a[1], b[1]), max(a[2], b[2]))
+                    for a, b in zip(before, of_ranks, strict=True)
+                ]
+                found[-1] = Span(span.start, stop), owner, merged
+                continue
+        found.append((Span(start, stop), owners[at], of_ranks))
+    return found

@@ -8,26 +8,25 @@ Note: what is in flight
     wait(t)      results that arrived are merged, operands are kept for step t+1
 
 Buffers are plain allocations: on CUDA the caching allocator orders their reuse on the compute
-stream,
-and a buffer is dropped only after `wait` has put that stream behind its transfer.
+stream, and a buffer is dropped only after `wait` has put that stream behind its transfer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from .ir import RETURNS, Payload, Tile, Transfer
+from .ir import RETURNS, Key, Payload, Tile, Transfer
 from .kernels import Kernel, TileCall
 from .layouts import Span
-from .masks import TileKind
 from .merge import GradAccumulator, OutputAccumulator, accumulate_dtype
+from .operands import Operands, Tensors
+from .recorder import SILENT, Recorder
 from .schedule import Schedule
 from .transport import Message, Transport
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,29 +38,41 @@ class Execution:
         transport: the ranks of the SP axis.
         kernel: computes tiles.
         scale: multiplies q k^T.
+        softcap: 0, or the cap of the scores: cap * tanh(scores / cap).
         deterministic: passed on to the kernel.
         overlap: False waits for the transfers of a step before computing it (to measure overlap).
+        recorder: told what happens when.
     """
 
     plan: Schedule
     transport: Transport
     kernel: Kernel
     scale: float
+    softcap: float = 0.0
     deterministic: bool = False
     overlap: bool = True
+    recorder: Recorder = SILENT
 
     def call(self, tile: Tile) -> TileCall:
-        """What the kernel is told about a tile."""
-        return TileCall(self.scale, tile.kind is TileKind.CAUSAL, self.deterministic)
+        """What the kernel is told about a tile, in positions counted from the tile's corner."""
+        shift = tile.kv.start - tile.q.start
+        low = None if tile.low is None else tile.low - shift
+        high = None if tile.high is None else tile.high - shift
+        return TileCall(self.scale, low, high, self.softcap, self.deterministic)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out `[b, s_local, h, dv]`, lse `[b, h, s_local]`) of this rank's queries.
 
-        q `[b, s_local, h, dk]`, k and v `[b, s_local, hkv, dk or dv]`: this rank's chunk.
+        q `[b, s_local, h, dk]`, k and v `[b, s_local, hkv, dk or dv]`: this rank's tokens.
+        sink `[h]`: the score of a key with value zero that every query sees.
         """
         work = _Forward(self, q, k, v)
-        _run(self.plan, self.transport, work, self.overlap)
-        return work.local.result()
+        _run(self.plan, self, work)
+        if sink is not None:
+            work.sum.add_sink(sink)
+        return work.sum.result()
 
     def backward(
         self,
@@ -71,15 +82,15 @@ class Execution:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-    ) -> Tensors:
-        """(dq, dk, dv) of this rank's chunk; arguments as `forward` took and returned them."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv) of this rank's tokens; arguments as `forward` took and returned them."""
         work = _Backward(self, dout, q, k, v, out, lse)
-        _run(self.plan.backward(), self.transport, work, self.overlap)
+        _run(self.plan.backward(), self, work)
         return work.dq.result(), work.dk.result(), work.dv.result()
 
 
 class _Pass(Protocol):
-    held: dict[tuple[Payload, Span], Tensors]
+    operands: Operands
 
     def outgoing(self, transfer: Transfer) -> Tensors:
         """The tensors of a payload to send."""
@@ -94,99 +105,131 @@ class _Pass(Protocol):
         """Take a result that arrived."""
 
 
-def _run(plan: Schedule, transport: Transport, work: _Pass, overlap: bool) -> None:
-    for step in plan.steps(transport.rank):
-        sends = [
-            Message(transfer.dst, tensor.contiguous(), transfer.payload.value)
-            for transfer in step.sends
-            for tensor in work.outgoing(transfer)
-        ]
-        arriving = [(transfer, work.buffers(transfer)) for transfer in step.receives]
-        receives = [
-            Message(transfer.src, tensor, transfer.payload.value)
-            for transfer, tensors in arriving
-            for tensor in tensors
-        ]
-        pending = transport.exchange(sends, receives)
-        if not overlap:
-            pending.wait()
+def _run(plan: Schedule, run: Execution, work: _Pass) -> None:
+    record, direction = run.recorder, plan.direction
+    for index, step in enumerate(plan.steps(run.transport.rank)):
+        moved = step.sends, step.receives
+        with record.span("post", step=index, transfers=moved, direction=direction):
+            sends = [
+                Message(transfer.dst, tensor.contiguous(), transfer.payload.value)
+                for transfer in step.sends
+                for tensor in work.outgoing(transfer)
+            ]
+            arriving = [(transfer, work.buffers(transfer)) for transfer in step.receives]
+            receives = [
+                Message(transfer.src, tensor, transfer.payload.value)
+                for transfer, tensors in arriving
+                for tensor in tensors
+            ]
+            pending = run.transport.exchange(sends, receives)
+        if not run.overlap:
+            with record.span("wait", step=index, transfers=moved, direction=direction):
+                pending.wait()
         for tile in step.tiles:
-            work.compute(tile)
-        if overlap:
-            pending.wait()
-        for transfer, tensors in arriving:
-            if transfer.payload in RETURNS:
-                work.merge(transfer, tensors)
-            else:
-                work.held[transfer.payload, transfer.span] = tensors
+            with record.span("tile", step=index, tile=tile, direction=direction):
+                work.compute(tile)
+        if run.overlap:
+            with record.span("wait", step=index, transfers=moved, direction=direction):
+                pending.wait()
+        with record.span("merge", step=index, direction=direction):
+            for transfer, tensors in arriving:
+                if transfer.payload in RETURNS:
+                    work.merge(transfer, tensors)
+                else:
+                    work.operands.put(transfer.key, tensors)
         for key in step.frees:
-            del work.held[key]
+            work.operands.free(key)
 
 
-class _Chunk:
-    """This rank's local tensors and where a span lies in them."""
+class _Results:
+    """Partial results that this rank sums up for others, by what it will send."""
 
+    def __init__(self, plan: Schedule, rank: int) -> None:
+        self.spans: dict[tuple[Payload, Span], list[Span]] = {}
+        for step in plan.steps(rank):
+            for transfer in step.sends:
+                if transfer.payload in RETURNS:
+                    kind = transfer.payload, transfer.heads
+                    self.spans.setdefault(kind, []).append(transfer.span)
+
+    def parts(self, payload: Payload, span: Span, heads: Span) -> Iterator[tuple[Key, Span]]:
+        """The results that `span` takes part in, each with the common range."""
+        for there in self.spans.get((payload, heads), ()):
+            part = there.meet(span)
+            if part.size > 0:
+                yield (payload, there, heads), part
+
+
+class _Ranges:
+    """What both passes know of ranges: the problem, this rank, its results for others."""
+
+    def __init__(self, run: Execution, plan: Schedule) -> None:
+        self.run, self.rank, self.problem = run, run.transport.rank, plan.problem
+        self.results = _Results(plan, self.rank)
+
+    def own_parts(self, span: Span) -> Iterator[tuple[slice, slice]]:
+        """This rank's own tokens of `span`: (where in `span`, where in the local tensor)."""
+        layout = self.problem.layout
+        for owner, part in layout.split(span):
+            if owner == self.rank:
+                yield part.within(span), layout.local(self.rank, part)
+
+
+class _Forward(_Ranges):
     def __init__(self, run: Execution, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.run, self.rank = run, run.transport.rank
-        self.layout = run.plan.problem.layout
+        super().__init__(run, run.plan)
         self.q, self.k, self.v = q, k, v
-        self.held: dict[tuple[Payload, Span], Tensors] = {}
-
-    def at(self, span: Span) -> slice:
-        return self.layout.local(self.rank, span)
-
-    def keys_values(self, span: Span, owner: int) -> Tensors:
-        if owner != self.rank:
-            return self.held[Payload.KV, span]
-        return self.k[:, self.at(span)], self.v[:, self.at(span)]
-
-    def empty(self, like: torch.Tensor, span: Span) -> torch.Tensor:
-        b, _, h, d = like.shape
-        return like.new_empty((b, span.size, h, d))
-
-
-class _Forward(_Chunk):
-    def __init__(self, run: Execution, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        super().__init__(run, q, k, v)
-        self.local = OutputAccumulator(q.shape[1], q.dtype)
-        self.for_others: dict[Span, OutputAccumulator] = {}
+        b, tokens, heads, _ = q.shape
+        # its batch, dim, dtype and device are what accumulators are made of
+        self.out_like = q.new_empty((b, 0, 0, v.shape[-1]))
+        self.sum = OutputAccumulator(self.out_like, tokens, heads)
+        self.for_others: dict[Key, OutputAccumulator] = {}
+        self.operands = Operands(
+            self.problem.layout,
+            self.rank,
+            {
+                Payload.Q: lambda at, heads: (q[:, at, heads],),
+                Payload.KV: lambda at, heads: (k[:, at, heads], v[:, at, heads]),
+            },
+        )
 
     def outgoing(self, transfer: Transfer) -> Tensors:
-        span = transfer.span
-        if transfer.payload is Payload.KV:
-            return self.keys_values(span, self.layout.owner(span))
-        if transfer.payload is Payload.Q:
-            return (self.q[:, self.at(span)],)
-        return self.for_others.pop(span).result()
+        if transfer.payload is Payload.OUT:
+            return self.for_others.pop(transfer.key).result()
+        return self.operands.get(*transfer.key)
 
     def buffers(self, transfer: Transfer) -> Tensors:
-        span = transfer.span
+        b, size, heads = self.q.shape[0], transfer.span.size, transfer.heads.size
         if transfer.payload is Payload.KV:
-            return self.empty(self.k, span), self.empty(self.v, span)
+            return tuple(t.new_empty((b, size, heads, t.shape[-1])) for t in (self.k, self.v))
         if transfer.payload is Payload.Q:
-            return (self.empty(self.q, span),)
-        b, _, h, _ = self.q.shape
-        lse = self.q.new_empty((b, h, span.size), dtype=accumulate_dtype(self.q.dtype))
-        return self.q.new_empty((b, span.size, h, self.v.shape[-1])), lse
+            return (self.q.new_empty((b, size, heads, self.q.shape[-1])),)
+        stat = accumulate_dtype(self.q.dtype)
+        out = self.q.new_empty((b, size, heads, self.v.shape[-1]))
+        return out, self.q.new_empty((b, heads, size), dtype=stat)
 
     def compute(self, tile: Tile) -> None:
-        k, v = self.keys_values(tile.kv, tile.kv_owner)
-        mine = tile.q_owner == self.rank
-        q = self.q[:, self.at(tile.q)] if mine else self.held[Payload.Q, tile.q][0]
+        (q,) = self.operands.get(Payload.Q, tile.q, tile.heads)
+        k, v = self.operands.get(Payload.KV, tile.kv, self.problem.kv_range(tile.heads))
         out, lse = self.run.kernel.forward(q, k, v, self.run.call(tile))
         self.run.transport.counters.forward_calls += 1
-        if mine:
-            self.local.add(out, lse, self.at(tile.q))
-            return
-        partial = self.for_others.setdefault(tile.q, OutputAccumulator(tile.q.size, q.dtype))
-        partial.add(out, lse, slice(None))
+        for there, here in self.own_parts(tile.q):
+            self.sum.add(out[:, there], lse[:, :, there], here, slice(*tile.heads))
+        for key, part in self.results.parts(Payload.OUT, tile.q, tile.heads):
+            there = part.within(tile.q)
+            if key not in self.for_others:
+                self.for_others[key] = OutputAccumulator(
+                    self.out_like, key[1].size, tile.heads.size
+                )
+            self.for_others[key].add(out[:, there], lse[:, :, there], part.within(key[1]))
 
     def merge(self, transfer: Transfer, tensors: Tensors) -> None:
         out, lse = tensors
-        self.local.add(out, lse, self.at(transfer.span))
+        for there, here in self.own_parts(transfer.span):
+            self.sum.add(out[:, there], lse[:, :, there], here, slice(*transfer.heads))
 
 
-class _Backward(_Chunk):
+class _Backward(_Ranges):
     def __init__(
         self,
         run: Execution,
@@ -197,14 +240,19 @@ class _Backward(_Chunk):
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        super().__init__(run, q, k, v)
-        self.dout, self.out, self.lse = dout, out, lse
+        super().__init__(run, run.plan.backward())
+        self.q, self.k, self.v, self.dout, self.out, self.lse = q, k, v, dout, out, lse
         self._delta: torch.Tensor | None = None
-        tokens = q.shape[1]
-        self.dq = GradAccumulator(tokens, q.dtype)
-        self.dk, self.dv = GradAccumulator(tokens, k.dtype), GradAccumulator(tokens, v.dtype)
-        self.dq_for_others: dict[Span, GradAccumulator] = {}
-        self.dkv_for_others: dict[Span, tuple[GradAccumulator, GradAccumulator]] = {}
+        self.dq, self.dk, self.dv = (GradAccumulator(t, *t.shape[1:3]) for t in (q, k, v))
+        self.for_others: dict[Key, tuple[GradAccumulator, ...]] = {}
+        self.operands = Operands(
+            self.problem.layout,
+            self.rank,
+            {
+                Payload.Q_GRAD: self._own_queries,
+                Payload.KV: lambda at, heads: (k[:, at, heads], v[:, at, heads]),
+            },
+        )
 
     @property
     def delta(self) -> torch.Tensor:
@@ -215,68 +263,63 @@ class _Backward(_Chunk):
             self._delta = product.sum(-1).transpose(1, 2)
         return self._delta
 
+    def _own_queries(self, at: slice, heads: slice) -> Tensors:
+        stats = torch.stack((self.lse[:, heads, at], self.delta[:, heads, at]))
+        return self.q[:, at, heads], self.dout[:, at, heads], stats
+
     def outgoing(self, transfer: Transfer) -> Tensors:
-        span = transfer.span
-        if transfer.payload is Payload.KV:
-            return self.keys_values(span, self.layout.owner(span))
-        if transfer.payload is Payload.Q_GRAD:
-            at = self.at(span)
-            stats = torch.stack((self.lse[:, :, at], self.delta[:, :, at]))
-            return self.q[:, at], self.dout[:, at], stats
-        if transfer.payload is Payload.DQ:
-            return (self.dq_for_others.pop(span).result(),)
-        dk, dv = self.dkv_for_others.pop(span)
-        return dk.result(), dv.result()
+        if transfer.payload in RETURNS:
+            return tuple(total.result() for total in self.for_others.pop(transfer.key))
+        return self.operands.get(*transfer.key)
 
     def buffers(self, transfer: Transfer) -> Tensors:
-        span = transfer.span
-        if transfer.payload is Payload.DQ:
-            return (self.empty(self.q, span),)
+        b, size, heads = self.q.shape[0], transfer.span.size, transfer.heads.size
+        kinds: Tensors = (self.q,)
+        if transfer.payload in (Payload.KV, Payload.DKV):
+            kinds = self.k, self.v
+        elif transfer.payload is Payload.Q_GRAD:
+            kinds = self.q, self.dout
+        tensors = tuple(t.new_empty((b, size, heads, t.shape[-1])) for t in kinds)
         if transfer.payload is Payload.Q_GRAD:
-            b, _, h, _ = self.q.shape
-            stats = self.lse.new_empty((2, b, h, span.size))
-            return self.empty(self.q, span), self.empty(self.dout, span), stats
-        return self.empty(self.k, span), self.empty(self.v, span)
+            return *tensors, self.lse.new_empty((2, b, heads, size))
+        return tensors
 
     def _queries(self, tile: Tile) -> Tensors:
         """(q, dout, out, lse) of the tile's queries."""
-        if tile.q_owner == self.rank:
-            at = self.at(tile.q)
-            return self.q[:, at], self.dout[:, at], self.out[:, at], self.lse[:, :, at]
-        q, dout, stats = self.held[Payload.Q_GRAD, tile.q]
+        own = self.operands.local(tile.q) if self.problem.layout.owns(self.rank, tile.q) else []
+        if len(own) == 1:
+            at, heads = own[0], slice(*tile.heads)
+            return (*(t[:, at, heads] for t in (self.q, self.dout, self.out)),
+                    self.lse[:, heads, at])  # fmt: skip
+        q, dout, stats = self.operands.get(Payload.Q_GRAD, tile.q, tile.heads)
         return q, dout, output_with_delta(dout, stats[1]), stats[0]
 
     def compute(self, tile: Tile) -> None:
         q, dout, out, lse = self._queries(tile)
-        k, v = self.keys_values(tile.kv, tile.kv_owner)
+        kv_heads = self.problem.kv_range(tile.heads)
+        k, v = self.operands.get(Payload.KV, tile.kv, kv_heads)
         dq, dk, dv = self.run.kernel.backward(dout, q, k, v, out, lse, self.run.call(tile))
         self.run.transport.counters.backward_calls += 1
-        if tile.q_owner == self.rank:
-            self.dq.add(dq, self.at(tile.q))
-        else:
-            total = self.dq_for_others.setdefault(tile.q, GradAccumulator(tile.q.size, q.dtype))
-            total.add(dq, slice(None))
-        if tile.kv_owner == self.rank:
-            self.dk.add(dk, self.at(tile.kv))
-            self.dv.add(dv, self.at(tile.kv))
-        else:
-            if tile.kv not in self.dkv_for_others:
-                size = tile.kv.size
-                self.dkv_for_others[tile.kv] = (
-                    GradAccumulator(size, k.dtype),
-                    GradAccumulator(size, v.dtype),
-                )
-            total_dk, total_dv = self.dkv_for_others[tile.kv]
-            total_dk.add(dk, slice(None))
-            total_dv.add(dv, slice(None))
+        self._sum_up(Payload.DQ, (dq,), tile.q, tile.heads)
+        self._sum_up(Payload.DKV, (dk, dv), tile.kv, kv_heads)
 
     def merge(self, transfer: Transfer, tensors: Tensors) -> None:
-        at = self.at(transfer.span)
-        if transfer.payload is Payload.DQ:
-            self.dq.add(tensors[0], at)
-        else:
-            self.dk.add(tensors[0], at)
-            self.dv.add(tensors[1], at)
+        self._sum_up(transfer.payload, tensors, transfer.span, transfer.heads)
+
+    def _sum_up(self, payload: Payload, grads: Tensors, span: Span, heads: Span) -> None:
+        """Add gradients of a token range to this rank's own and to those it sums up for others."""
+        own, like = ((self.dq,), (self.q,)) if payload is Payload.DQ else (
+            (self.dk, self.dv), (self.k, self.v))  # fmt: skip
+        for there, here in self.own_parts(span):
+            for total, grad in zip(own, grads, strict=True):
+                total.add(grad[:, there], here, slice(*heads))
+        for key, part in self.results.parts(payload, span, heads):
+            if key not in self.for_others:
+                self.for_others[key] = tuple(
+                    GradAccumulator(t, key[1].size, heads.size) for t in like
+                )
+            for total, grad in zip(self.for_others[key], grads, strict=True):
+                total.add(grad[:, part.within(span)], part.within(key[1]))
 
 
 def output_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -13,20 +13,23 @@ so what step t+1 computes on is posted at step t and moves while step t computes
 computed for another rank is returned at step t+1. A step may compute nothing (only move) and a rank
 may have nothing to move.
 
-Words: a *tile* is one (query range, key/value range) block of attention. On the *KV-route* keys and
-values move to the owner of the queries; on the *Q-route* queries move to the owner of the keys and
-values, and the partial output with its log-sum-exp moves back.
+Words: a *tile* is one (query range, key/value range, head range) block of attention. On the
+*KV-route* keys and values move to the owner of the queries; on the *Q-route* queries move to the
+owner of the keys and values, and the partial output with its log-sum-exp moves back; a tile may
+also be computed by a rank that owns neither (both routes). Head ranges count query heads in tiles
+and the payload's own heads in transfers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from ..errors import ScheduleError
-from .layouts import ContiguousLayout, Span
-from .masks import Mask, TileKind
+from .layouts import Span, TokenLayout
+from .masks import Mask, Region, RegionIndex, TileKind
 
 Direction = Literal["forward", "backward"]
 
@@ -72,39 +75,58 @@ class Tile:
     """One block of attention computed in one kernel call.
 
     Attributes:
-        q, kv: global token ranges.
-        q_owner, kv_owner: ranks that own them.
-        kind: what the kernel is told (full or causal).
+        q, kv: global token ranges; they may span several owners.
+        heads: query heads.
+        low, high: query i sees key j when low <= j - i <= high; None where that cuts nothing off.
         pairs: interacting (query, key) pairs: the tile's work, to be multiplied by query heads.
     """
 
     q: Span
     kv: Span
-    q_owner: int
-    kv_owner: int
-    kind: TileKind
+    heads: Span
+    low: int | None
+    high: int | None
     pairs: int
 
-    def route(self, rank: int) -> Route:
-        """The tile's route when `rank` computes it."""
-        if self.q_owner == rank:
-            return Route.LOCAL if self.kv_owner == rank else Route.KV
-        return Route.Q if self.kv_owner == rank else Route.BOTH
+    @property
+    def region(self) -> Region:
+        """Its pairs."""
+        return Region(self.q, self.kv, self.low, self.high)
+
+    @property
+    def kind(self) -> TileKind:
+        """What the kernel is told: full, causal or a band."""
+        return self.region.kind
+
+    @property
+    def work(self) -> int:
+        """Interacting pairs times query heads."""
+        return self.pairs * self.heads.size
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One payload of one token range from one rank to another (group ranks)."""
+    """One payload of one token range and head range from one rank to another (group ranks)."""
 
     payload: Payload
     span: Span
     src: int
     dst: int
+    heads: Span
 
     @property
-    def order(self) -> tuple[int, Span]:
+    def key(self) -> Key:
+        """What is carried, whoever carries it."""
+        return self.payload, self.span, self.heads
+
+    @property
+    def order(self) -> tuple[int, Span, Span]:
         """Sorting key: both ends of a pair post the transfers of one step in this order."""
-        return _ORDER[self.payload], self.span
+        return _ORDER[self.payload], self.span, self.heads
+
+
+Key = tuple[Payload, Span, Span]
+"""A payload's token range and head range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +136,18 @@ class Step:
     Attributes:
         tiles: computed in this order.
         sends, receives: posted together before the tiles, waited for after them.
-        frees: (payload, span) of received operands that no later step needs.
+        frees: received operands that no later step needs.
     """
 
     tiles: tuple[Tile, ...] = ()
     sends: tuple[Transfer, ...] = ()
     receives: tuple[Transfer, ...] = ()
-    frees: tuple[tuple[Payload, Span], ...] = ()
+    frees: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed: the token layout, the mask and the sizes of a head.
+    """What is to be computed: the token layout, the mask, the sizes of a head, the nodes.
 
     Attributes:
         layout: which tokens each rank owns.
@@ -133,14 +155,17 @@ class Problem:
         query_heads, kv_heads: per rank of the SP axis (after any TP split); query_heads is a
             multiple of kv_heads (GQA); kv_heads == query_heads is MHA, kv_heads == 1 is MQA.
         head_dim: of queries and keys. value_dim: of values and outputs.
+        node_size: ranks that share a node's fast links, consecutive group ranks; 1 for "each on
+            its own", the size of the axis for "all in one".
     """
 
-    layout: ContiguousLayout
+    layout: TokenLayout
     mask: Mask
     query_heads: int = 1
     kv_heads: int = 1
     head_dim: int = 128
     value_dim: int = 128
+    node_size: int = 1
 
     def __post_init__(self) -> None:
         if min(self.query_heads, self.kv_heads, self.head_dim, self.value_dim) < 1:
@@ -150,35 +175,102 @@ class Problem:
                 f"query_heads={self.query_heads} is not a multiple of kv_heads={self.kv_heads}: "
                 "grouped-query attention gives every KV head the same number of query heads"
             )
+        if self.node_size < 1 or self.layout.size % self.node_size:
+            raise ScheduleError(
+                f"node_size={self.node_size} does not divide the {self.layout.size} ranks"
+            )
 
-    def payload_bytes(self, payload: Payload, tokens: int, item_size: int) -> int:
-        """Bytes of a payload for `tokens` tokens of one sample; statistics in fp32 (fp64: fp64)."""
+    @property
+    def size(self) -> int:
+        """Ranks of the SP axis."""
+        return self.layout.size
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.layout.seq_length
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def all_heads(self) -> Span:
+        """Every query head."""
+        return Span(0, self.query_heads)
+
+    @cached_property
+    def index(self) -> RegionIndex:
+        """The mask's regions on this sequence."""
+        return RegionIndex(self.mask.regions(self.seq_length))
+
+    def pairs(self, q: Span, kv: Span) -> int:
+        """Interacting (query, key) pairs of a rectangle."""
+        return self.index.pairs(q, kv)
+
+    @cached_property
+    def total_work(self) -> int:
+        """Interacting pairs of the whole sequence times query heads."""
+        return self.query_heads * sum(region.pairs for region in self.index.regions)
+
+    def kv_range(self, heads: Span) -> Span:
+        """KV heads that a range of query heads needs.
+
+        Raises `ScheduleError` unless the range lies inside one group or begins and ends with one:
+        a kernel call gives every KV head the same number of query heads.
+        """
+        first, last = heads.start // self.group, (heads.stop - 1) // self.group
+        whole = heads.start % self.group == 0 == heads.stop % self.group
+        if heads.size < 1 or heads.stop > self.query_heads or not (whole or first == last):
+            raise ScheduleError(f"query heads {heads} do not match groups of {self.group}")
+        return Span(first, last + 1)
+
+    def route(self, rank: int, tile: Tile) -> Route:
+        """The tile's route when `rank` computes it."""
+        own_q, own_kv = (self.layout.owns(rank, span) for span in (tile.q, tile.kv))
+        if own_q:
+            return Route.LOCAL if own_kv else Route.KV
+        return Route.Q if own_kv else Route.BOTH
+
+    def payload_bytes(self, payload: Payload, tokens: int, heads: int, item_size: int) -> int:
+        """Bytes of a payload for `tokens` tokens and `heads` of its own heads, one sample.
+
+        Statistics are fp32 (fp64 for fp64 inputs).
+        """
         stat = 8 if item_size == 8 else 4
-        q, out = self.query_heads * self.head_dim, self.query_heads * self.value_dim
-        kv = self.kv_heads * (self.head_dim + self.value_dim)
         elements, stats = {
-            Payload.KV: (kv, 0),
-            Payload.Q: (q, 0),
-            Payload.Q_GRAD: (q + out, 2 * self.query_heads),
-            Payload.OUT: (out, self.query_heads),
-            Payload.DQ: (q, 0),
-            Payload.DKV: (kv, 0),
+            Payload.KV: (self.head_dim + self.value_dim, 0),
+            Payload.Q: (self.head_dim, 0),
+            Payload.Q_GRAD: (self.head_dim + self.value_dim, 2),
+            Payload.OUT: (self.value_dim, 1),
+            Payload.DQ: (self.head_dim, 0),
+            Payload.DKV: (self.head_dim + self.value_dim, 0),
         }[payload]
-        return tokens * (elements * item_size + stats * stat)
+        return tokens * heads * (elements * item_size + stats * stat)
+
+    def transfer_bytes(self, transfer: Transfer, item_size: int) -> int:
+        """Bytes of one transfer, one sample."""
+        return self.payload_bytes(
+            transfer.payload, transfer.span.size, transfer.heads.size, item_size
+        )
 
 
 Plan = tuple[tuple[Step, ...], ...]
 """The steps of every rank, `plan[rank][step]`; every rank has the same number of steps."""
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A tile placed by a builder: which rank computes it at which step."""
+class Placed(NamedTuple):
+    """A rectangle placed by a builder: which rank computes it at which step.
+
+    What of the mask lies in it becomes tiles; heads None means all query heads.
+    """
 
     step: int
     rank: int
     q: Span
     kv: Span
+    heads: Span | None = None
 
 
 def item_size(dtype: object) -> int:

@@ -6,13 +6,14 @@ Its parts are in `ir.py`, which begins with how a step runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import ScheduleError
-from .assemble import assemble
-from .ir import PARTS, RETURNS, Direction, Placed, Plan, Problem, Step, Transfer, item_size
+from .assemble import PlacedTile, assemble, cut_tiles
+from .ir import PARTS, RETURNS, Direction, Plan, Problem, Step, Transfer, item_size
+from .placement import Placement
 from .verify import verify
 
 
@@ -28,29 +29,24 @@ class Schedule:
         direction: which pass this plan is for.
         problem: what it computes.
         plan: `plan[rank]` is that rank's steps; every rank has the same number of steps.
-        placed: the tiles as the builder placed them (what `backward` is derived from).
-        relay: KV transfers given by the builder instead of direct sends, `(step, transfer)`.
+        tiles: the tiles by step and rank, as the builder placed them (what `backward` is derived
+            from).
+        placement: the builder's answer, with what it says of routes.
     """
 
     name: str
     direction: Direction
     problem: Problem
     plan: Plan
-    placed: tuple[Placed, ...]
-    relay: tuple[tuple[int, Transfer], ...] | None = None
+    tiles: tuple[PlacedTile, ...]
+    placement: Placement
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        problem: Problem,
-        placed: Iterable[Placed],
-        relay: Iterable[tuple[int, Transfer]] | None = None,
-    ) -> Schedule:
-        """The forward schedule of placed tiles; `ScheduleError` for a tile no kernel can serve."""
-        placed, relay = tuple(placed), None if relay is None else tuple(relay)
-        plan = assemble(problem, placed, relay=relay, direction="forward")
-        return cls(name, "forward", problem, plan, placed, relay)
+    def of(cls, name: str, problem: Problem, placement: Placement) -> Schedule:
+        """The forward schedule of a placement; `ScheduleError` for one that cannot be."""
+        tiles = cut_tiles(problem, placement.tiles)
+        plan = _plan(problem, tiles, placement, "forward")
+        return cls(name, "forward", problem, plan, tiles, placement)
 
     @property
     def size(self) -> int:
@@ -76,19 +72,19 @@ class Schedule:
     # ---- accounting ---------------------------------------------------------------------------
 
     def work(self, rank: int) -> int:
-        """Interacting pairs that `rank` computes, per query head."""
-        return sum(tile.pairs for step in self.plan[rank] for tile in step.tiles)
+        """Interacting pairs times query heads that `rank` computes."""
+        return sum(tile.work for step in self.plan[rank] for tile in step.tiles)
 
     @property
     def total_work(self) -> int:
-        """Interacting pairs of all ranks, per query head."""
+        """Interacting pairs times query heads of all ranks."""
         return sum(self.work(rank) for rank in range(self.size))
 
     @property
     def critical_work(self) -> int:
-        """Pairs on the critical path when ranks go step by step: the sum of each step's maximum."""
+        """Work on the critical path when ranks go step by step: the sum of each step's maximum."""
         return sum(
-            max(sum(tile.pairs for tile in step.tiles) for step in together)
+            max(sum(tile.work for tile in step.tiles) for step in together)
             for together in zip(*self.plan, strict=True)
         )
 
@@ -99,7 +95,7 @@ class Schedule:
         The strict measure: a rank that is early in one step is not credited for it in the next.
         """
         critical = self.size * self.critical_work
-        return (critical - self.total_work) / critical
+        return (critical - self.total_work) / critical if critical else 0.0
 
     def transfers(self, rank: int) -> Iterator[Transfer]:
         """Every transfer that `rank` sends, in order."""
@@ -123,9 +119,7 @@ class Schedule:
             batch: samples in the batch.
         """
         plan, item = self._pass(direction), item_size(dtype)
-        return batch * sum(
-            plan.problem.payload_bytes(t.payload, t.span.size, item) for t in plan.transfers(rank)
-        )
+        return batch * sum(plan.problem.transfer_bytes(t, item) for t in plan.transfers(rank))
 
     def messages_sent(self, rank: int, direction: Direction | None = None) -> int:
         """Point-to-point messages that `rank` sends in one pass: one a tensor of a payload."""
@@ -133,17 +127,20 @@ class Schedule:
 
     def peak_received_bytes(self, rank: int, dtype: object = "bfloat16", *, batch: int = 1) -> int:
         """Most bytes of received payloads that `rank` holds at once in this pass."""
-        item, held, peak = item_size(dtype), 0, 0
+        problem, item, held, peak = self.problem, item_size(dtype), 0, 0
+
+        def size(transfer: Transfer) -> int:
+            return problem.transfer_bytes(transfer, item)
+
         for step in self.plan[rank]:
-            arriving = {
-                (t.payload, t.span, t.src): self.problem.payload_bytes(t.payload, t.span.size, item)
-                for t in step.receives
-            }
-            held += sum(arriving.values())
-            peak = max(peak, held)
             # partial results are merged as they arrive; operands stay until their last use
-            held -= sum(size for (p, _, _), size in arriving.items() if p in RETURNS)
-            held -= sum(self.problem.payload_bytes(p, s.size, item) for p, s in step.frees)
+            passing = sum(size(t) for t in step.receives if t.payload in RETURNS)
+            held += sum(size(t) for t in step.receives if t.payload not in RETURNS)
+            peak = max(peak, held + passing)
+            held -= sum(
+                problem.payload_bytes(payload, span.size, heads.size, item)
+                for payload, span, heads in step.frees
+            )
         return batch * peak
 
     def _pass(self, direction: Direction | None) -> Schedule:
@@ -156,7 +153,7 @@ class Schedule:
         return self._derive("forward")
 
     def _derive(self, direction: Direction) -> Schedule:
-        plan = assemble(self.problem, self.placed, relay=self.relay, direction=direction)
+        plan = _plan(self.problem, self.tiles, self.placement, direction)
         return replace(self, direction=direction, plan=plan)
 
     def replace_step(self, rank: int, index: int, **changes: object) -> Schedule:
@@ -165,3 +162,15 @@ class Schedule:
         steps[index] = replace(steps[index], **changes)  # type: ignore[arg-type]
         plan = (*self.plan[:rank], tuple(steps), *self.plan[rank + 1 :])
         return replace(self, plan=plan)
+
+
+def _plan(
+    problem: Problem, tiles: tuple[PlacedTile, ...], placement: Placement, direction: Direction
+) -> Plan:
+    return assemble(
+        problem,
+        tiles,
+        relay=placement.relay,
+        gateways=placement.gateways,
+        direction=direction,
+    )

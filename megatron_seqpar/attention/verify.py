@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proof that a schedule is right, from its plan alone: nothing here trusts how the plan was made.
 
-Proved, for one pass: every interacting (query, key) pair is computed exactly once; every operand is
-on the rank that uses or sends it when it does; every result that belongs to another rank is
-returned exactly once, after its last tile; every send has its receive, in the same order per pair
-of ranks (the transports have no tags); the steps run to their end without deadlock when neither
-sends nor receives are buffered; received operands are freed, and never more than two steps' worth
-are held.
+Proved, for one pass: every interacting (query, key, head) is computed exactly once; every operand
+is on the rank that uses or sends it when it does; every result that belongs to another rank goes
+back to it exactly once, after its last part, over gateways or not; every send has its receive, in
+the same order per pair of ranks (the transports have no tags); the steps run to their end without
+deadlock when neither sends nor receives are buffered; operands arrive no earlier than one step
+before they are needed and are freed after their last use.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 
 from ..errors import ScheduleError
-from .ir import RETURNS, Direction, Payload, Plan, Problem, Step, Tile, Transfer
+from .ir import RETURNS, Direction, Key, Payload, Plan, Problem, Step, Tile, Transfer
 from .layouts import Span
+from .masks import Region
 
 
 def verify(problem: Problem, direction: Direction, plan: Plan) -> bool:
@@ -33,55 +35,60 @@ def verify(problem: Problem, direction: Direction, plan: Plan) -> bool:
     lengths = {len(steps) for steps in plan}
     if len(plan) != problem.layout.size or len(lengths) != 1:
         raise ScheduleError(f"plan for {len(plan)} ranks with {lengths} steps is malformed")
-    _check_tiles(problem, plan)
     _check_coverage(problem, plan)
     _check_matching(plan)
     _check_deadlock(plan)
     for rank, steps in enumerate(plan):
-        _RankCheck(problem, direction, rank).run(steps)
+        _RankCheck(problem, direction, rank, steps).run()
     return True
 
 
-def _tiles(plan: Plan) -> list[tuple[int, Tile]]:
-    return [
-        (rank, tile) for rank, steps in enumerate(plan) for step in steps for tile in step.tiles
-    ]
-
-
-def _check_tiles(problem: Problem, plan: Plan) -> None:
-    mask, layout = problem.mask, problem.layout
-    for rank, tile in _tiles(plan):
-        if tile.pairs != mask.pairs(tile.q, tile.kv) or tile.kind is not mask.kind(tile.q, tile.kv):
-            raise ScheduleError(
-                f"rank {rank}: tile {tile} does not say what mask {mask.name!r} says"
-            )
-        if (layout.owner(tile.q), layout.owner(tile.kv)) != (tile.q_owner, tile.kv_owner):
-            raise ScheduleError(f"rank {rank}: tile {tile} names the wrong owners")
-
-
 def _check_coverage(problem: Problem, plan: Plan) -> None:
-    """Count, on the grid of all range ends, how often each cell is computed."""
-    mask, tiles = problem.mask, _tiles(plan)
-    chunks = problem.layout.chunks
-    q_edges = sorted({edge for span in (*chunks, *(t.q for _, t in tiles)) for edge in span})
-    kv_edges = sorted({edge for span in (*chunks, *(t.kv for _, t in tiles)) for edge in span})
-    q_index = {edge: i for i, edge in enumerate(q_edges)}
-    kv_index = {edge: i for i, edge in enumerate(kv_edges)}
+    """Every tile is a part of one region of the mask; together they are each region once."""
+    of_region: dict[int, list[Tile]] = defaultdict(list)
+    for rank, steps in enumerate(plan):
+        for step in steps:
+            for tile in step.tiles:
+                number = problem.index.find(tile.region)
+                if number is None or tile.pairs != tile.region.pairs:
+                    raise ScheduleError(
+                        f"rank {rank}: tile {tile} does not say what mask {problem.mask.name!r} "
+                        "says"
+                    )
+                problem.kv_range(tile.heads)
+                of_region[number].append(tile)
+    for number, region in enumerate(problem.index.regions):
+        tiles = of_region[number]
+        edges = sorted({0, problem.query_heads, *(edge for tile in tiles for edge in tile.heads)})
+        for heads in map(Span._make, pairwise(edges)):
+            _check_region(region, heads, [t for t in tiles if t.heads.meet(heads) == heads])
+
+
+def _check_region(region: Region, heads: Span, tiles: list[Tile]) -> None:
+    """Count, on the grid of all tiles' ends, how often each cell is computed."""
+    if len(tiles) == 1 and tiles[0].region == region:
+        return
+    q_edges = sorted({edge for span in (region.q, *(t.q for t in tiles)) for edge in span})
+    kv_edges = sorted({edge for span in (region.kv, *(t.kv for t in tiles)) for edge in span})
+    q_number = {edge: i for i, edge in enumerate(q_edges)}
+    kv_number = {edge: i for i, edge in enumerate(kv_edges)}
     difference = np.zeros((len(q_edges), len(kv_edges)), dtype=np.int64)
-    for _, tile in tiles:
-        q0, q1 = (q_index[edge] for edge in tile.q)
-        k0, k1 = (kv_index[edge] for edge in tile.kv)
+    for tile in tiles:
+        q0, q1 = (q_number[edge] for edge in tile.q)
+        k0, k1 = (kv_number[edge] for edge in tile.kv)
         difference[q0, k0] += 1
         difference[q1, k1] += 1
         difference[q0, k1] -= 1
         difference[q1, k0] -= 1
     times = difference.cumsum(0).cumsum(1)
-    for i, q in enumerate(pairwise(q_edges)):
+    for i, q in enumerate(map(Span._make, pairwise(q_edges))):
         for j in np.nonzero(times[i, :-1] != 1)[0]:
-            kv = Span(kv_edges[j], kv_edges[j + 1])
-            if mask.pairs(Span(*q), kv):
-                count = int(times[i, j])
-                raise ScheduleError(f"queries {Span(*q)} x keys {kv} are computed {count} times")
+            cell = region.clip(q, Span(kv_edges[j], kv_edges[j + 1]))
+            if cell is not None:
+                raise ScheduleError(
+                    f"queries {cell.q} x keys {cell.kv} of heads {heads} are computed "
+                    f"{int(times[i, j])} times"
+                )
 
 
 def _check_matching(plan: Plan) -> None:
@@ -155,79 +162,120 @@ def _check_deadlock(plan: Plan) -> None:
 class _RankCheck:
     """One rank's memory, step by step: what it holds, what it owes."""
 
-    def __init__(self, problem: Problem, direction: Direction, rank: int) -> None:
-        self.rank, self.layout = rank, problem.layout
+    def __init__(
+        self, problem: Problem, direction: Direction, rank: int, steps: tuple[Step, ...]
+    ) -> None:
+        self.problem, self.layout, self.rank, self.steps = problem, problem.layout, rank, steps
         forward = direction == "forward"
         self.q_payload = Payload.Q if forward else Payload.Q_GRAD
         self.q_result = Payload.OUT if forward else Payload.DQ
         self.kv_result = None if forward else Payload.DKV
-        self.held: set[tuple[Payload, Span]] = set()
-        self.owed: dict[tuple[Payload, Span, int], bool] = {}  # result -> returned
+        self.held: dict[Key, int] = {}  # operand -> step of arrival
+        self.used: dict[Key, list[int]] = {}  # operand -> steps that use it
+        # result -> step at which it is sent off, and the parts of it that were summed up so far
+        self.sent_at: dict[Key, int] = {}
+        self.summed: dict[Key, list[Span]] = defaultdict(list)
 
-    def run(self, steps: tuple[Step, ...]) -> None:
+    def run(self) -> None:
         """Walk the steps."""
-        peak = 0
-        for index, step in enumerate(steps):
+        for index, step in enumerate(self.steps):
+            for t in step.sends:
+                if t.payload in RETURNS:
+                    self._announce(t, index)
+        for index, step in enumerate(self.steps):
             where = f"rank {self.rank}, step {index}"
-            self._check_sends(step, where)
+            self._check_sends(step, index, where)
             for tile in step.tiles:
-                self._check_operands(tile, where)
+                self._check_tile(tile, index, where)
             for t in step.receives:
-                if t.payload not in RETURNS:
-                    if (t.payload, t.span) in self.held:
-                        raise ScheduleError(f"{where}: {t} arrives while it is still held")
-                    self.held.add((t.payload, t.span))
-                elif self.layout.owner(t.span) != self.rank:
-                    raise ScheduleError(
-                        f"{where}: {t} returns a result to a rank that does not own it"
-                    )
-            peak = max(peak, len(self.held))
+                self._check_receive(t, index, where)
             for key in step.frees:
-                if key not in self.held:
-                    raise ScheduleError(f"{where}: frees {key} which it does not hold")
-                self.held.remove(key)
-        unreturned = [key for key, returned in self.owed.items() if not returned]
-        if unreturned:
-            raise ScheduleError(f"rank {self.rank} never returns {unreturned[0]}")
+                self._check_free(key, index, where)
+        for key in self.sent_at:
+            if not _covers(self.summed[key], key[1]):
+                raise ScheduleError(f"rank {self.rank} returns {key} without computing all of it")
         if self.held:
             raise ScheduleError(f"rank {self.rank} never frees {sorted(self.held)[0]}")
-        bound = 2 * max(1, max(self._remote_operands(s) for s in steps))
-        if peak > bound:
-            raise ScheduleError(
-                f"rank {self.rank} holds {peak} received operands at once, over {bound}"
-            )
 
-    def _remote_operands(self, step: Step) -> int:
-        q = {tile.q for tile in step.tiles if tile.q_owner != self.rank}
-        kv = {tile.kv for tile in step.tiles if tile.kv_owner != self.rank}
-        return len(q) + len(kv)
+    def _announce(self, t: Transfer, index: int) -> None:
+        for payload, span, heads in self.sent_at:
+            if payload is t.payload and heads == t.heads and span.meet(t.span).size > 0:
+                raise ScheduleError(f"rank {self.rank} returns {span} and {t.span} of {payload}")
+        self.sent_at[t.key] = index
 
-    def _check_operands(self, tile: Tile, where: str) -> None:
-        for payload, span, owner, result in (
-            (self.q_payload, tile.q, tile.q_owner, self.q_result),
-            (Payload.KV, tile.kv, tile.kv_owner, self.kv_result),
-        ):
-            if owner == self.rank:
-                continue
-            if (payload, span) not in self.held:
-                raise ScheduleError(
-                    f"{where}: computes on {payload.value} {span} before it arrived"
-                )
-            if result is not None:
-                if self.owed.get((result, span, owner)):
-                    raise ScheduleError(
-                        f"{where}: {result.value} {span} was returned before this tile"
-                    )
-                self.owed[result, span, owner] = False
-
-    def _check_sends(self, step: Step, where: str) -> None:
+    def _check_sends(self, step: Step, index: int, where: str) -> None:
         for t in step.sends:
             if t.payload in RETURNS:
-                key = t.payload, t.span, t.dst
-                if self.owed.get(key) is not False:
-                    raise ScheduleError(
-                        f"{where}: {t} returns what is not computed or already sent"
-                    )
-                self.owed[key] = True
-            elif (t.payload, t.span) not in self.held and self.layout.owner(t.span) != self.rank:
+                if not self.summed[t.key]:
+                    raise ScheduleError(f"{where}: {t} returns what is not computed")
+            elif t.key in self.held:
+                self.used[t.key].append(index)
+            elif not self.layout.owns(self.rank, t.span):
                 raise ScheduleError(f"{where}: {t} sends what this rank does not have")
+
+    def _check_tile(self, tile: Tile, index: int, where: str) -> None:
+        kv_heads = self.problem.kv_range(tile.heads)
+        for payload, heads, span, result in (
+            (self.q_payload, tile.heads, tile.q, self.q_result),
+            (Payload.KV, kv_heads, tile.kv, self.kv_result),
+        ):
+            remote = [part for owner, part in self.layout.split(span) if owner != self.rank]
+            for part in remote:
+                keys = [
+                    key
+                    for key in self.held
+                    if key[0] is payload and key[2] == heads and key[1].meet(part).size > 0
+                ]
+                if not _covers([key[1] for key in keys], part):
+                    raise ScheduleError(
+                        f"{where}: computes on {payload.value} {part} before it arrived"
+                    )
+                for key in keys:
+                    self.used[key].append(index)
+                if result is not None:
+                    self._sum_up(result, part, heads, index, where)
+
+    def _sum_up(self, result: Payload, part: Span, heads: Span, index: int, where: str) -> None:
+        """A partial result joins those that will be sent off later."""
+        keys = [
+            key
+            for key in self.sent_at
+            if key[0] is result and key[2] == heads and key[1].meet(part).size > 0
+        ]
+        if not _covers([key[1] for key in keys], part):
+            raise ScheduleError(f"{where}: {result.value} {part} is never returned")
+        for key in keys:
+            if self.sent_at[key] <= index:
+                raise ScheduleError(f"{where}: {result.value} {part} was returned before this")
+            self.summed[key].append(key[1].meet(part))
+
+    def _check_receive(self, t: Transfer, index: int, where: str) -> None:
+        if t.payload not in RETURNS:
+            if t.key in self.held:
+                raise ScheduleError(f"{where}: {t} arrives while it is still held")
+            self.held[t.key], self.used[t.key] = index, []
+        elif not self.layout.owns(self.rank, t.span):
+            # a gateway: it must pass the sum on
+            self._sum_up(t.payload, t.span, t.heads, index, where)
+
+    def _check_free(self, key: Key, index: int, where: str) -> None:
+        arrived = self.held.pop(key, None)
+        if arrived is None:
+            raise ScheduleError(f"{where}: frees {key} which it does not hold")
+        uses = self.used.pop(key)
+        if uses and min(uses) != arrived + 1:
+            raise ScheduleError(
+                f"{where}: {key} arrived {min(uses) - arrived} steps before its use"
+            )
+        if index > max([*uses, arrived + 1]):
+            raise ScheduleError(f"{where}: {key} is freed late, its last use was {max(uses)}")
+
+
+def _covers(parts: Iterable[Span], whole: Span) -> bool:
+    """Whether the parts together contain `whole`."""
+    end = whole.start
+    for part in sorted(parts):
+        if part.start > end:
+            break
+        end = max(end, part.stop)
+    return end >= whole.stop

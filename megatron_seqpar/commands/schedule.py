@@ -24,7 +24,12 @@ def schedule(
     name: Annotated[
         str, typer.Option("--schedule", help="A schedule's name, or auto.")
     ] = "balanced",
-    mask: Annotated[str, typer.Option(help="causal or full.")] = "causal",
+    mask: Annotated[
+        str,
+        typer.Option(
+            help="causal, full, window:LEFT[,RIGHT[,SINKS]], prefix:LENGTH, documents:END,END,..."
+        ),
+    ] = "causal",
     heads: Annotated[int, typer.Option(help="Query heads of a rank (after a TP split).")] = 32,
     kv_heads: Annotated[
         int | None, typer.Option(help="Key/value heads; default: as many as query heads.")
@@ -77,11 +82,8 @@ def _build(
     head_dim: int,
 ) -> Schedule:
     from megatron_seqpar.attention import build_schedule
-    from megatron_seqpar.attention.masks import MASKS
     from megatron_seqpar.errors import ScheduleError
 
-    if mask not in MASKS:
-        raise ScheduleError(f"--mask {mask}: use one of {', '.join(MASKS)}")
     if (seq_length is None) == (lengths is None):
         raise ScheduleError("give exactly one of --seq-length and --lengths")
     chunks = None
@@ -97,7 +99,7 @@ def _build(
         size=size,
         seq_length=seq_length,
         lengths=chunks,
-        mask=MASKS[mask],
+        mask=mask,
         query_heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -106,7 +106,11 @@ def _title(schedule: Schedule, dtype: str) -> str:
 def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
     from matplotlib.patches import Polygon, Rectangle
 
-    chunks = schedule.problem.layout.chunks
+    pieces = [
+        (piece, rank)
+        for rank, pieces in enumerate(schedule.problem.layout.pieces)
+        for piece in pieces
+    ]
     total = schedule.problem.layout.seq_length
     size = schedule.size
     labelled = size <= _MOST_LABELLED
@@ -114,7 +118,7 @@ def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
         for index, step in enumerate(steps):
             for tile in step.tiles:
                 x, y, width, height = tile.kv.start, tile.q.start, tile.kv.size, tile.q.size
-                colour = ROUTE_COLOURS[tile.route(rank)]
+                colour = ROUTE_COLOURS[schedule.problem.route(rank, tile)]
                 causal = tile.pairs < width * height
                 corners = [(x, y), (x, y + height), (x + width, y + height)]
                 shape: Any = (
@@ -138,9 +142,9 @@ def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
     axes.set_xlim(0, total)
     axes.set_ylim(total, 0)
     axes.set_aspect("equal")
-    middles = [(chunk.start + chunk.stop) / 2 for chunk in chunks]
-    ticks = [m for i, m in enumerate(middles) if labelled or i % 4 == 0]
-    names = [str(i) for i in range(size) if labelled or i % 4 == 0]
+    shown = [(piece, rank) for piece, rank in pieces if labelled or rank % 4 == 0]
+    ticks = [(piece.start + piece.stop) / 2 for piece, _ in shown]
+    names = [str(rank) for _, rank in shown]
     axes.set_xticks(ticks, names, fontsize=8)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.tick_params(length=0)
@@ -153,7 +157,7 @@ def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
 
 
 def _work(step: Step) -> int:
-    return sum(tile.pairs for tile in step.tiles)
+    return sum(tile.work for tile in step.tiles)
 
 
 def _columns(schedule: Schedule) -> list[tuple[float, float]]:
@@ -174,7 +178,8 @@ def _draw_time(axes: Axes, schedule: Schedule, columns: list[tuple[float, float]
         together = [steps[index] for steps in schedule.plan]
         slowest = max(map(_work, together))
         for rank, step in enumerate(together):
-            _draw_step(axes, names, rank, step, (start, stop), slowest)
+            routes = [schedule.problem.route(rank, tile) for tile in step.tiles]
+            _draw_step(axes, names, rank, step, routes, (start, stop), slowest)
             for transfer in step.sends:
                 _draw_transfer(axes, transfer.src, transfer.dst, stop, transfer.payload)
     end = columns[-1][1]
@@ -207,6 +212,7 @@ def _draw_step(
     names: TileNames | None,
     rank: int,
     step: Step,
+    routes: list[Route],
     column: tuple[float, float],
     slowest: int,
 ) -> None:
@@ -219,9 +225,9 @@ def _draw_step(
     )  # fmt: skip
     axes.add_patch(box)
     at = start
-    for tile in step.tiles:
-        width = (stop - start) * tile.pairs / slowest
-        colour = ROUTE_COLOURS[tile.route(rank)]
+    for tile, route in zip(step.tiles, routes, strict=True):
+        width = (stop - start) * tile.work / slowest
+        colour = ROUTE_COLOURS[route]
         axes.add_patch(
             Rectangle(
                 (at, rank - 0.36), width, 0.72, facecolor=colour, edgecolor=_EDGE, linewidth=0.6
@@ -265,7 +271,7 @@ def _legend(figure: Any, schedule: Schedule) -> None:
     from matplotlib.patches import Patch
 
     tiles = [(rank, t) for rank, steps in enumerate(schedule.plan) for s in steps for t in s.tiles]
-    routes = {tile.route(rank) for rank, tile in tiles}
+    routes = {schedule.problem.route(rank, tile) for rank, tile in tiles}
     payloads = {t.payload for steps in schedule.plan for step in steps for t in step.sends}
     handles: list[Any] = [
         Patch(facecolor=ROUTE_COLOURS[route], edgecolor=_EDGE, label=ROUTE_NAMES[route])

@@ -63,27 +63,48 @@ def describe(schedule: Schedule, dtype: str) -> str:
 
 
 class TileNames:
-    """Short names of tiles, "query chunk × key chunk"; letters mark the parts of a cut chunk."""
+    """Short names of tiles, "query chunk × key chunk" by owner.
+
+    Letters mark the parts of a piece, hN-M the query heads where a tile has not all.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
-        self._chunks = schedule.problem.layout.chunks
+        self._problem = schedule.problem
+        layout = schedule.problem.layout
+        pieces = {piece for pieces in layout.pieces for piece in pieces}
         tiles = {tile for steps in schedule.plan for step in steps for tile in step.tiles}
-        cut: dict[int, set[Span]] = defaultdict(set)
-        for tile in tiles:
-            for span, owner in ((tile.q, tile.q_owner), (tile.kv, tile.kv_owner)):
-                if span != self._chunks[owner]:
-                    cut[owner].add(span)
+        cut: dict[tuple[int, ...], set[Span]] = defaultdict(set)
+        for span in {span for tile in tiles for span in (tile.q, tile.kv)} - pieces:
+            cut[self._owners(span)].add(span)
+        for owners, spans in list(cut.items()):
+            if len(owners) > 1 and len(spans) == 1:
+                del cut[owners]  # a range of several owners needs no letter when it is the only one
         self.any_cut = bool(cut)
         self._letters = {
-            span: chr(ord("a") + index)
+            span: _letters(index)
             for spans in cut.values()
             for index, span in enumerate(sorted(spans))
         }
 
+    def _owners(self, span: Span) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(rank for rank, _ in self._problem.layout.split(span)))
+
+    def _name(self, span: Span) -> str:
+        owners = self._owners(span)
+        name = str(owners[0]) if len(owners) == 1 else f"{min(owners)}-{max(owners)}"
+        return name + self._letters.get(span, "")
+
     def __call__(self, tile: Tile) -> str:
         """The name of one tile."""
-        query = f"{tile.q_owner}{self._letters.get(tile.q, '')}"
-        return f"{query}×{tile.kv_owner}{self._letters.get(tile.kv, '')}"
+        heads = tile.heads
+        part = "" if heads == self._problem.all_heads else f" h{heads.start}-{heads.stop - 1}"
+        return f"{self._name(tile.q)}×{self._name(tile.kv)}{part}"
+
+
+def _letters(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    name = chr(ord("a") + index % 26)
+    return name if index < 26 else _letters(index // 26 - 1) + name
 
 
 def _grid(shown: Schedule) -> Table:
@@ -98,7 +119,7 @@ def _grid(shown: Schedule) -> Table:
 
 
 def _cell(shown: Schedule, rank: int, step: Step, names: TileNames) -> Text:
-    lines = [Text(names(t), ROUTE_STYLES[t.route(rank)]) for t in step.tiles]
+    lines = [Text(names(t), ROUTE_STYLES[shown.problem.route(rank, t)]) for t in step.tiles]
     if not step.tiles and any(t.tiles for t in shown.steps(rank)):
         lines.append(Text("-", "dim"))
     lines += [Text(f"{t.payload.value} → {t.dst}", "dim") for t in step.sends]
@@ -169,17 +190,20 @@ def as_dict(schedule: Schedule, dtype: str) -> dict[str, Any]:
 def _rank(plan: Schedule, rank: int, dtype: str) -> dict[str, Any]:
     item = item_size(dtype)
 
+    def owners(span: Span) -> list[int]:
+        return list(dict.fromkeys(owner for owner, _ in plan.problem.layout.split(span)))
+
     def transfer(t: Transfer) -> dict[str, Any]:
-        size = plan.problem.payload_bytes(t.payload, t.span.size, item)
         return {
-            "payload": t.payload.value, "tokens": list(t.span), "src": t.src, "dst": t.dst,
-            "bytes": size,
+            "payload": t.payload.value, "tokens": list(t.span), "heads": list(t.heads),
+            "src": t.src, "dst": t.dst, "bytes": plan.problem.transfer_bytes(t, item),
         }  # fmt: skip
 
     def tile(t: Tile) -> dict[str, Any]:
         return {
-            "queries": list(t.q), "keys": list(t.kv), "query_owner": t.q_owner,
-            "key_owner": t.kv_owner, "kind": t.kind.value, "route": t.route(rank).value,
+            "queries": list(t.q), "keys": list(t.kv), "heads": list(t.heads),
+            "query_owners": owners(t.q), "key_owners": owners(t.kv), "kind": t.kind.value,
+            "low": t.low, "high": t.high, "route": plan.problem.route(rank, t).value,
             "pairs": t.pairs,
         }  # fmt: skip
 

@@ -8,11 +8,11 @@ import torch
 
 from megatron_seqpar.attention import (
     Causal,
-    ContiguousLayout,
     Full,
     LocalTransport,
     Mask,
     ThreadTransport,
+    TokenLayout,
     build_schedule,
     dist_flash_attention,
     even_lengths,
@@ -116,7 +116,7 @@ def test_overlap_changes_nothing_but_time() -> None:
 def test_ranks_find_out_lengths_that_nobody_told_them(lengths: tuple[int, ...]) -> None:
     data = inputs(2, 24, 4, 2, 16)
     truth = attention(data, causal=True)
-    chunks = ContiguousLayout(lengths).chunks
+    chunks = TokenLayout.contiguous(len(lengths), lengths=lengths).chunks
 
     def work(transport: ThreadTransport) -> torch.Tensor:
         mine = slice(*chunks[transport.rank])
@@ -198,7 +198,7 @@ def test_the_stand_in_output_has_the_asked_delta(size: float) -> None:
 def test_the_stand_in_output_gives_the_kernel_the_same_gradients() -> None:
     data = inputs(1, 64, 2, 2, 32)
     _, kernel = select("cpu", device=torch.device("cpu"), dtype=torch.float64, head_dim=32)
-    call = TileCall(32**-0.5, True, False)
+    call = TileCall(32**-0.5, high=0)
     out, lse = kernel.forward(*data[:3], call)
     delta = (data.dout * out).sum(-1).transpose(1, 2)
     true = kernel.backward(data.dout, *data[:3], out, lse, call)
@@ -220,11 +220,11 @@ def test_bad_input_is_refused_by_name() -> None:
         _refused(data, kernel="aten")
     with pytest.raises(ScheduleError, match=r"mask='window' is unknown; use one of causal, full"):
         _refused(data, mask="window")
-    with pytest.raises(UnsupportedError, match="token_layout='zigzag'"):
-        _refused(data, token_layout="zigzag")
+    with pytest.raises(UnsupportedError, match="token_layout='striped'"):
+        _refused(data, token_layout="striped")
     with pytest.raises(UnsupportedError, match="tensor_layout='hsbd'"):
         _refused(data, tensor_layout="hsbd")
-    with pytest.raises(UnsupportedError, match="rank 0 of 1 holds 8 tokens, but the chunks are"):
+    with pytest.raises(UnsupportedError, match="rank 0 of 1 holds 8 tokens, but the contig"):
         _refused(data, seq_length=9)
     with pytest.raises(UnsupportedError, match="needs 4 dims"):
         _refused(data._replace(q=data.q[0]))

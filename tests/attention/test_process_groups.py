@@ -6,13 +6,13 @@ import torch.distributed as dist
 
 from megatron_seqpar.attention import (
     Causal,
-    ContiguousLayout,
     Full,
     ProcessGroupTransport,
+    TokenLayout,
     build_schedule,
 )
 from tests.support.pool import GlooPool
-from tests.support.sharded import join, one_rank
+from tests.support.sharded import join, one_rank, token_layout
 from tests.support.truth import Attention, attention, inputs, largest_difference
 
 _GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -35,7 +35,7 @@ def _part(
 def _check(pool: GlooPool, ranks: tuple[int, ...], lengths: tuple[int, ...], **options) -> None:
     for causal in (True, False):
         results = [r for r in pool.run(_part, ranks, lengths, causal, options) if r is not None]
-        got = join([part for part, _, _ in results])
+        got = join([part for part, _, _ in results], token_layout(lengths, "contiguous"))
         truth = attention(inputs(2, sum(lengths), 4, 2, 16), causal=causal)
         assert max(largest_difference(got, truth).values()) < 1e-8
         plan = build_schedule(
@@ -71,7 +71,7 @@ def _default_group(rank: int) -> float:
 
     data = inputs(1, 24, 2, 2, 8)
     truth = attention(data, causal=True)
-    mine = slice(*ContiguousLayout((3, 6, 1, 4, 8, 2)).chunks[rank])
+    mine = slice(*TokenLayout.contiguous(6, lengths=(3, 6, 1, 4, 8, 2)).chunks[rank])
     out = dist_flash_attention(*(t[:, mine] for t in data[:3]))
     assert transport_of(None) is transport_of(dist.group.WORLD)
     assert isinstance(out, torch.Tensor)

@@ -8,19 +8,26 @@ To add one: write `schedules/<name>.py` with a function `place(problem) -> Place
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from ...errors import ScheduleError
 from ..ir import Problem
-from ..layouts import ContiguousLayout
+from ..layouts import TokenLayout
 from ..masks import Causal, Mask, as_mask
+from ..placement import Placement
 from ..schedule import Schedule
-from . import balanced, ring
-from .placement import Placement
+from . import allgather, balanced, hybrid, ring, ulysses, zigzag
 
 BUILDERS: dict[str, Callable[[Problem], Placement]] = {
     "balanced": balanced.place,
+    "zigzag": zigzag.place,
     "ring": ring.place,
+    "allgather": allgather.place,
+    "ulysses": ulysses.place,
+    "ulysses+balanced": partial(hybrid.place, inner="ulysses", outer="balanced"),
+    "ulysses+zigzag": partial(hybrid.place, inner="ulysses", outer="zigzag"),
+    "allgather+balanced": partial(hybrid.place, inner="allgather", outer="balanced"),
+    "allgather+zigzag": partial(hybrid.place, inner="allgather", outer="zigzag"),
 }
 
 
@@ -32,38 +39,48 @@ def names() -> tuple[str, ...]:
 def build_schedule(
     name: str,
     *,
-    size: int,
+    size: int | None = None,
     seq_length: int | None = None,
     lengths: Sequence[int] | None = None,
+    layout: TokenLayout | None = None,
     mask: Mask | str = Causal(),  # noqa: B008 - frozen
     query_heads: int = 1,
     kv_heads: int | None = None,
     head_dim: int = 128,
     value_dim: int | None = None,
+    node_size: int | None = None,
+    dtype: object = "bfloat16",
 ) -> Schedule:
     """Build (or take from the cache) the forward schedule of one attention call.
 
     Args:
-        name: a builder ("balanced", "ring") or "auto".
-        size: ranks of the SP axis.
-        seq_length: tokens of the whole sequence, split as evenly as can be; or
-        lengths: tokens of each rank.
-        mask: which pairs interact, or its name.
+        name: a builder's name (`names()`) or "auto".
+        size: ranks of the SP axis, whose tokens are
+        seq_length: of the whole sequence, split as evenly as can be; or
+        lengths: of each rank; or
+        layout: any token layout, in place of the three.
+        mask: which pairs interact, or its text.
         query_heads, kv_heads, head_dim, value_dim: as in `Problem`; kv_heads defaults to
-            query_heads,
-            value_dim to head_dim. They only count for bytes and for "auto".
+            query_heads, value_dim to head_dim.
+        node_size: as in `Problem`; default: all ranks are in one node.
+        dtype: of q, k and v, for "auto".
 
     Raises:
-        ScheduleError: unknown name, sizes that cannot be split, or a mask the builder does not
-        serve.
+        ScheduleError: unknown name, sizes that cannot be split, or a mask or token layout that the
+        builder does not serve.
     """
+    if layout is None:
+        if size is None:
+            raise ScheduleError("give size with seq_length or lengths, or a layout")
+        layout = TokenLayout.contiguous(size, seq_length=seq_length, lengths=lengths)
     problem = Problem(
-        layout=ContiguousLayout.of(size, seq_length=seq_length, lengths=lengths),
+        layout=layout,
         mask=as_mask(mask),
         query_heads=query_heads,
         kv_heads=query_heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
         value_dim=head_dim if value_dim is None else value_dim,
+        node_size=layout.size if node_size is None else node_size,
     )
     return _cached(name, problem)
 
@@ -73,8 +90,7 @@ def _cached(name: str, problem: Problem) -> Schedule:
     if name == "auto":
         from .auto import choose
 
-        return choose(_cached(builder, problem) for builder in BUILDERS)
+        return choose(_cached(builder, problem) for builder in ("balanced", "ring"))
     if name not in BUILDERS:
         raise ScheduleError(f"schedule={name!r} is unknown; use one of {', '.join(names())}")
-    placement = BUILDERS[name](problem)
-    return Schedule.of(name, problem, placement.tiles, placement.relay)
+    return Schedule.of(name, problem, BUILDERS[name](problem))

@@ -9,27 +9,26 @@ idle fraction of (P-1)/(2P-1) is lost. Dead transfers are made all the same, as 
 
 from __future__ import annotations
 
-from ...errors import ScheduleError
 from ..ir import Payload, Placed, Problem, Transfer
-from ..masks import Causal, Full
-from .placement import Placement
+from ..layouts import Span
+from ..placement import Placement
 
 
 def place(problem: Problem) -> Placement:
-    """Place the tiles; `ScheduleError` for masks other than causal and full."""
-    if not isinstance(problem.mask, Causal | Full):
-        raise ScheduleError(
-            f"schedule 'ring' does not serve mask {problem.mask.name!r}; use causal or full"
-        )
-    chunks, size = problem.layout.chunks, problem.layout.size
+    """Place the rectangles; serves every mask and token layout."""
+    pieces, size = problem.layout.pieces, problem.size
+    kv_heads = Span(0, problem.kv_heads)
     tiles = [
-        Placed(step, rank, chunks[rank], chunks[(rank - step) % size])
+        Placed(step, rank, q, kv)
         for step in range(size)
         for rank in range(size)
+        for q in pieces[rank]
+        for kv in pieces[(rank - step) % size]
     ]
     relay = [
-        (step, Transfer(Payload.KV, chunks[(rank - step) % size], rank, (rank + 1) % size))
+        (step, Transfer(Payload.KV, piece, rank, (rank + 1) % size, kv_heads))
         for step in range(size - 1)
         for rank in range(size)
+        for piece in pieces[(rank - step) % size]
     ]
     return Placement(tiles, relay)

@@ -59,7 +59,7 @@ class Sizes:
     @property
     def call(self) -> TileCall:
         """The causal tile of the whole sequence."""
-        return TileCall(self.head_dim**-0.5, True, False)
+        return TileCall(self.head_dim**-0.5, high=0)
 
     @property
     def forward_flops(self) -> float:

@@ -4,48 +4,22 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_seqpar.attention import Causal, ThreadTransport, dist_flash_attention, kernels
 from megatron_seqpar.attention.kernels import Kernel, TileCall, registry
+from megatron_seqpar.attention.kernels.base import Wanted
 from megatron_seqpar.attention.kernels.cpu import CpuFlashAttention
 from megatron_seqpar.attention.kernels.reference import ReferenceAttention
 from megatron_seqpar.errors import KernelError
-from tests.support.truth import Attention, Inputs, attention, inputs, largest_difference
+from tests.support.tiles import assert_close_as, plain, run, truth
+from tests.support.truth import Inputs, attention, inputs, largest_difference
 
 HEADS = [(4, 4), (8, 2), (6, 1)]
 HERE: dict[str, Kernel] = {"cpu": CpuFlashAttention(), "reference": ReferenceAttention()}
-
-
-def run(kernel: Kernel, data: Inputs, call: TileCall) -> Attention:
-    """Forward and backward of one tile."""
-    out, lse = kernel.forward(data.q, data.k, data.v, call)
-    return Attention(out, lse, *kernel.backward(data.dout, *data[:3], out, lse, call))
-
-
-def plain(data: Inputs, causal: bool) -> Attention:
-    """Attention by the book in the inputs' own dtype: the error that the dtype itself brings."""
-    leaves = [t.detach().clone().requires_grad_() for t in data[:3]]
-    q, k, v = leaves
-    group = q.shape[2] // k.shape[2]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) * q.shape[-1] ** -0.5
-    if causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(above, float("-inf"))
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(group, 2))
-    grads = torch.autograd.grad(out, leaves, data.dout)
-    return Attention(out.detach(), scores.logsumexp(-1).detach(), *grads)
-
-
-def assert_close_as(got: Attention, baseline: Attention, truth: Attention, ratio: float) -> None:
-    """Our rms error is at most `ratio` times that of `baseline`, field by field."""
-    for name, ours, theirs, exact in zip(Attention._fields, got, baseline, truth, strict=True):
-        exact = exact.to(ours.device)
-        error = (ours.double() - exact).square().mean().sqrt().item()
-        allowed = (theirs.double() - exact).square().mean().sqrt().item()
-        assert error <= ratio * allowed + 1e-7, f"{name}: {error:.3e} over {ratio} x {allowed:.3e}"
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -53,7 +27,7 @@ def assert_close_as(got: Attention, baseline: Attention, truth: Attention, ratio
 @pytest.mark.parametrize("name", HERE)
 def test_exact_in_fp64(name: str, h: int, hkv: int, causal: bool) -> None:
     data = inputs(3, 37, h, hkv, 16, seed=h)
-    got = run(HERE[name], data, TileCall(0.31, causal, True))
+    got = run(HERE[name], data, TileCall(0.31, high=0 if causal else None, deterministic=True))
     differences = largest_difference(got, attention(data, causal=causal, scale=0.31))
     assert max(differences.values()) < 1e-10, differences
     assert got.lse.dtype == torch.float64
@@ -63,7 +37,7 @@ def test_exact_in_fp64(name: str, h: int, hkv: int, causal: bool) -> None:
 @pytest.mark.parametrize("name", HERE)
 def test_head_dims(name: str, dim: int) -> None:
     data = inputs(1, 40, 4, 2, dim)
-    got = run(HERE[name], data, TileCall(dim**-0.5, True, False))
+    got = run(HERE[name], data, TileCall(dim**-0.5, high=0))
     assert max(largest_difference(got, attention(data, causal=True)).values()) < 1e-10
 
 
@@ -72,19 +46,20 @@ def test_head_dims(name: str, dim: int) -> None:
 @pytest.mark.parametrize("name", HERE)
 def test_low_precision_error_ratio(name: str, h: int, hkv: int, dtype: torch.dtype) -> None:
     data = inputs(2, 192, h, hkv, 64, dtype)
-    got = run(HERE[name], data, TileCall(64**-0.5, True, False))
+    call = TileCall(64**-0.5, high=0)
+    got = run(HERE[name], data, call)
     assert (got.out.dtype, got.lse.dtype, got.dk.dtype) == (dtype, torch.float32, dtype)
-    assert_close_as(got, plain(data, True), attention(data, causal=True), 2.0)
+    assert_close_as(got, plain(data, call), truth(data, call))
 
 
 def test_cpu_adds_up_a_group_in_fp32() -> None:
     """In bf16 the operator itself loses as the group of query heads grows; the kernel must not."""
     data = inputs(1, 128, 16, 1, 32, torch.bfloat16)
     truth = attention(data, causal=True)
-    got = run(CpuFlashAttention(), data, TileCall(32**-0.5, True, False))
+    got = run(CpuFlashAttention(), data, TileCall(32**-0.5, high=0))
     # one rounding of the sum to bf16 (2**-9 of the value, at most) and the error of sixteen parts
     parts = Inputs(data.q, *(t.expand(-1, -1, 16, -1).contiguous() for t in data[1:3]), data.dout)
-    alone = run(CpuFlashAttention(), parts, TileCall(32**-0.5, True, False))
+    alone = run(CpuFlashAttention(), parts, TileCall(32**-0.5, high=0))
     summed = alone.dk.double().sum(2, keepdim=True)
     error = (got.dk.double() - truth.dk).square().mean().sqrt()
     allowed = (summed - truth.dk).square().mean().sqrt() + truth.dk.square().mean().sqrt() * 2**-9
@@ -100,7 +75,7 @@ def test_strided_inputs(name: str, dtype: torch.dtype) -> None:
     at = slice(17, 65)
     sliced = Inputs(*(t[:, at] for t in sequence_first))
     dense = Inputs(*(t[:, at].contiguous() for t in data))
-    call = TileCall(0.2, False, False)
+    call = TileCall(0.2)
     _, whole_lse = HERE[name].forward(*sequence_first[:3], call)
     out, _ = HERE[name].forward(*dense[:3], call)
     lse = whole_lse[:, :, at]
@@ -111,12 +86,12 @@ def test_strided_inputs(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(HERE[name].forward(*sliced[:3], call)[0], out)
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (16, 40)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (16, 40), (192, 128)])
 def test_values_of_another_dim_are_padded(dim: int, value_dim: int) -> None:
     """Multi-head latent attention: the CPU kernel wants equal dims, the reference does not."""
     q, k = (torch.randn(2, 12, heads, dim, dtype=torch.float64) for heads in (4, 2))
     v, dout = (torch.randn(2, 12, heads, value_dim, dtype=torch.float64) for heads in (2, 4))
-    call = TileCall(0.4, True, False)
+    call = TileCall(0.4, high=0)
     results = []
     for name in ("cpu", "reference"):
         chosen, kernel = kernels.select(
@@ -133,7 +108,7 @@ def test_values_of_another_dim_are_padded(dim: int, value_dim: int) -> None:
 def test_values_of_another_dim_over_ranks() -> None:
     q, k = (torch.randn(1, 10, heads, 24, dtype=torch.float64) for heads in (4, 2))
     v = torch.randn(1, 10, 2, 16, dtype=torch.float64)
-    whole, _ = ReferenceAttention().forward(q, k, v, TileCall(24**-0.5, True, False))
+    whole, _ = ReferenceAttention().forward(q, k, v, TileCall(24**-0.5, high=0))
 
     def work(transport: ThreadTransport) -> torch.Tensor:
         at = slice(5 * transport.rank, 5 * transport.rank + 5)
@@ -194,6 +169,12 @@ def test_explicit_choice_of_a_size_it_does_not_serve() -> None:
         select("cpu", head_dim=2048)
 
 
+def test_softcap_is_passed_over_and_refused_by_name() -> None:
+    assert select("auto", softcap=True)[0] == "reference"
+    with pytest.raises(KernelError, match=r"'cpu': has no logit soft-cap; use one of auto, ref"):
+        select("cpu", softcap=True)
+
+
 def test_nothing_serves_it() -> None:
     with pytest.raises(KernelError, match="no attention kernel serves this call; flash3 serves"):
         select("auto", dtype=torch.int8)
@@ -213,15 +194,17 @@ def test_head_dims_of_the_table() -> None:
     assert flash3.padded_dim(100, 100) == 104
     assert table["flash2"].padded_dim(192, 128) == 192
     assert table["reference"].padded_dim(24, 3) is None
-    flash4 = table["flash4"]
-    assert flash4.refuses("cuda", "bfloat16", 192, 128, False) is None
-    assert "head dims to 128" in str(flash4.refuses("cuda", "bfloat16", 192, 192, False))
-    assert "deterministic for head dims to 192" in str(
-        flash3.refuses("cuda", "bfloat16", 256, 256, True)
-    )
-    assert "no deterministic backward" in str(
-        table["cudnn"].refuses("cuda", "float16", 64, 64, True)
-    )
+    half = partial(Wanted, "cuda", "bfloat16")
+    assert table["flash4"].refuses(half(192, 128)) is None
+    assert "head dims to 128" in str(table["flash4"].refuses(half(192, 192)))
+    assert "deterministic for head dims to 192" in str(flash3.refuses(half(256, 256, True)))
+    assert "no deterministic backward" in str(table["cudnn"].refuses(half(64, 64, True)))
     assert "bfloat16, float16, not float32" in str(
-        table["aten"].refuses("cuda", "float32", 64, 64, False)
+        table["aten"].refuses(Wanted("cuda", "float32", 64, 64))
     )
+
+
+def test_softcap_of_the_table() -> None:
+    wanted = Wanted("cuda", "bfloat16", 64, 64, softcap=True)
+    serves = [record.name for record in registry.KERNELS if record.refuses(wanted) is None]
+    assert serves == ["flash3", "flash4", "flash2", "reference"]

@@ -22,8 +22,10 @@ from megatron_seqpar.attention.kernels import (
     installed,
     registry,
 )
+from megatron_seqpar.attention.kernels.bands import CutBands, not_tall
+from megatron_seqpar.attention.kernels.base import Bands
 from tests.attention.stand_ins import aten, flash2, flash3, flash4
-from tests.attention.test_kernels import run
+from tests.support.tiles import run, tile_inputs, truth
 from tests.support.truth import Attention, Inputs, attention, inputs
 
 BACKENDS = ("flash2", "flash3", "flash4", "aten", "cudnn-3", "cudnn-4")
@@ -79,16 +81,23 @@ def kernel(
     }[request.param]()
 
 
-def assert_true(got: Attention, truth: Attention) -> None:
-    for ours, exact in zip(got, truth, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-4)
+@pytest.fixture
+def bands(kernel: Kernel) -> Bands:
+    """What the table says of the bands that `kernel` serves."""
+    (record,) = [r for r in registry.KERNELS if r.attribute == type(kernel).__name__]
+    return record.bands
+
+
+def assert_true(got: Attention, exact: Attention) -> None:
+    for ours, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("h", "hkv"), [(4, 4), (6, 2)])
 def test_every_argument_arrives(kernel: Kernel, h: int, hkv: int, causal: bool) -> None:
     data = inputs(2, 24, h, hkv, 16, torch.float32)
-    got = run(kernel, data, TileCall(0.3, causal, False))
+    got = run(kernel, data, TileCall(0.3, high=0 if causal else None))
     assert_true(got, attention(data, causal=causal, scale=0.3))
 
 
@@ -98,20 +107,97 @@ def test_slices_of_sequence_first_chunks(kernel: Kernel) -> None:
     strided = Inputs(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in whole))
     part = slice(8, 32)
     data = Inputs(strided.q[:, part], *(t[:, :20] for t in strided[1:3]), strided.dout[:, part])
-    call = TileCall(0.25, False, False)
+    call = TileCall(0.25)
     out, lse = kernel.forward(*strided[:3], call)
     got = kernel.backward(data.dout, data.q, data.k, data.v, out[:, part], lse[:, :, part], call)
-    truth = registry._load(registry._BY_NAME["reference"], 16, 16).backward(
+    exact = registry._load(registry._BY_NAME["reference"], 16, 16).backward(
         data.dout, data.q, data.k, data.v, out[:, part], lse[:, :, part], call
     )
-    for ours, exact in zip(got, truth, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5)
+    for ours, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=1e-5)
 
 
 def test_one_key(kernel: Kernel) -> None:
     q, k, v, dout = inputs(1, 1, 4, 2, 16, torch.float32)
-    truth = attention(Inputs(q, k, v, dout), causal=True)
-    assert_true(run(kernel, Inputs(q, k, v, dout), TileCall(0.25, True, False)), truth)
+    exact = attention(Inputs(q, k, v, dout), causal=True)
+    assert_true(run(kernel, Inputs(q, k, v, dout), TileCall(0.25, high=0)), exact)
+
+
+# (queries, keys, low, high): causal with an offset, inverse, windows, tall and wide tiles
+BANDS = [
+    (24, 24, -5, 0),
+    (24, 24, -22, 0),
+    (24, 24, 0, None),
+    (24, 24, -3, 4),
+    (16, 24, None, 8),
+    (16, 24, None, 13),
+    (24, 16, -8, 0),
+    (24, 8, None, 3),
+    (24, 8, -19, None),
+    (24, 8, -20, 4),
+    (24, 9, -17, 2),
+    (30, 5, -25, 0),
+    (8, 30, -1, 23),
+    (1, 7, None, None),
+    (7, 1, None, None),
+]
+
+
+@pytest.mark.parametrize("band", BANDS)
+def test_every_band(kernel: Kernel, bands: Bands, band: tuple[int, int, Any, Any]) -> None:
+    """Windows arrive as the package counts them; what it misreads never reaches it."""
+    sq, skv, low, high = band
+    data = tile_inputs(2, sq, skv, (4, 2), 16, torch.float32)
+    call = TileCall(0.3, low, high)
+    whole = kernel if bands is Bands.ALL else CutBands(kernel, bands)
+    assert_true(run(whole, data, call), truth(data, call))
+
+
+@pytest.mark.parametrize("band", [b for b in BANDS if b[:2] == (24, 24)])
+def test_windows_go_straight_to_kernels_that_take_them(
+    kernel: Kernel, bands: Bands, band: tuple[int, int, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[TileCall] = []
+    forward = kernel.forward
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: TileCall) -> Any:
+        calls.append(call)
+        return forward(q, k, v, call)
+
+    monkeypatch.setattr(kernel, "forward", spy)
+    sq, skv, low, high = band
+    data = tile_inputs(1, sq, skv, (2, 2), 16, torch.float32)
+    whole = kernel if bands is Bands.ALL else CutBands(kernel, bands)
+    call = TileCall(0.3, low, high)
+    whole.forward(*data[:3], call)
+    assert (calls == [call]) is (bands is not Bands.NONE)
+
+
+@pytest.mark.parametrize("tall", [(24, 8, None, 3), (24, 8, -19, None), (24, 8, -20, 4)])
+def test_flash2_misreads_tall_bands(
+    packages: dict[str, str], tall: tuple[int, int, Any, Any]
+) -> None:
+    """Why they are cut: given to it as they are, they come out wrong."""
+    sq, skv, low, high = tall
+    call = TileCall(0.3, low, high)
+    assert not_tall(sq, skv, call) is False
+    data = tile_inputs(1, sq, skv, (2, 2), 16, torch.float32)
+    out, _ = flash_attn2.FlashAttention2().forward(*data[:3], call)
+    difference = (out.double() - truth(data, call).out).abs()
+    assert not difference.max() < 1e-2  # wrong, or not a number
+
+
+def test_softcap_is_passed_on(packages: dict[str, str]) -> None:
+    data = tile_inputs(1, 24, 24, (4, 2), 16, torch.float32)
+    call = TileCall(2.0, -7, 0, softcap=3.0)
+    exact = truth(data, call)
+    classes = (
+        flash_attn2.FlashAttention2, flash_attn3.FlashAttention3, flash_attn4.FlashAttention4
+    )  # fmt: skip
+    for kernel_class in classes:
+        assert_true(run(kernel_class(), data, call), exact)
+    without = truth(data, call._replace(softcap=0.0))
+    assert (without.dq - exact.dq).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -129,7 +215,7 @@ def test_deterministic_is_passed_on(
     ]
     for kernel, stand_in in pairs:
         stand_in.deterministic_calls.clear()
-        run(kernel, data, TileCall(0.25, True, deterministic))
+        run(kernel, data, TileCall(0.25, high=0, deterministic=deterministic))
         assert stand_in.deterministic_calls == [deterministic], stand_in
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -147,7 +233,7 @@ def test_available_when_installed(packages: dict[str, str]) -> None:
         (flash_attn2, "flash-attn", None, "flash-attn is not installed"),
         (flash_attn3, "flash_attn_3", "4.0", "flash_attn_3 4.0 is outside"),
         (flash_attn3, "flash_attn_3", None, "flash_attn_3 is not installed"),
-        (flash_attn4, "flash-attn-4", "4.0.0b7", "flash-attn-4 4.0.0b7 is outside 4.0.0b8"),
+        (flash_attn4, "flash-attn-4", "4.0.0b8", "flash-attn-4 4.0.0b8 is outside 4.0.0b9"),
         (flash_attn4, "flash-attn-4", None, "flash-attn-4 is not installed"),
         (flash_attn4, "flash-attn-4", "unreadable", "unreadable version"),
     ],
@@ -211,15 +297,19 @@ def test_auto_prefers_by_gpu(packages: dict[str, str], monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("module", [aten_flash, cudnn])
 def test_schemas_of_the_installed_torch(module: Any) -> None:
-    assert installed.schema_differs(module._forward.default, module._FORWARD, 9) is None
-    assert installed.schema_differs(module._backward.default, module._BACKWARD, 3) is None
+    forward, backward = module._forward.default, module._backward.default
+    assert installed.schema_differs(forward, module._FORWARD, module._FORWARD_RESULTS) is None
+    assert installed.schema_differs(backward, module._BACKWARD, module._GRADIENTS) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "kernel_class", [aten_flash.AtenFlashAttention, cudnn.CudnnAttention], ids=["aten", "cudnn"]
 )
-def test_real_operators_on_meta_tensors(kernel_class: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("call", [TileCall(0.125), TileCall(0.125, -40, 3)], ids=["full", "band"])
+def test_real_operators_on_meta_tensors(
+    kernel_class: Any, dtype: torch.dtype, call: TileCall
+) -> None:
     """The operators themselves take our arguments; shapes and dtypes come back as promised."""
     kernel = kernel_class()
 
@@ -227,7 +317,6 @@ def test_real_operators_on_meta_tensors(kernel_class: Any, dtype: torch.dtype) -
         return torch.empty(2, tokens, heads, 64, dtype=dtype, device="meta")
 
     q, k, v = empty(96, 8)[:, 16:80], empty(48, 2), empty(48, 2)
-    call = TileCall(0.125, False, False)
     out, lse = kernel.forward(q, k, v, call)
     assert (out.shape, out.dtype) == (q.shape, dtype)
     assert (tuple(lse.shape), lse.dtype) == ((2, 8, 64), torch.float32)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,15 +13,47 @@ import torch
 class TileCall(NamedTuple):
     """What a kernel is told besides its tensors.
 
+    Query row i of the tile sees its key column j when `low <= j - i <= high`, both counted from the
+    tile's own start. Every row and every column has a pair: a tile is trimmed to what interacts.
+
     Attributes:
         scale: multiplies q k^T.
-        causal: the tile is a square on the diagonal; otherwise every pair interacts.
+        low, high: the band of diagonals; None where that side is not cut.
+        softcap: c > 0 replaces a scaled score x by c tanh(x / c) (Gemma 2, arXiv 2408.00118);
+            0 for none.
         deterministic: gradients must be bitwise repeatable.
     """
 
     scale: float
-    causal: bool
-    deterministic: bool
+    low: int | None = None
+    high: int | None = None
+    softcap: float = 0.0
+    deterministic: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Every pair interacts."""
+        return self.low is None and self.high is None
+
+    def causal_square(self, sq: int, skv: int) -> bool:
+        """The tile of `sq` queries and `skv` keys is a square cut along its diagonal."""
+        return sq == skv and self.low is None and self.high == 0
+
+    def windows(self, sq: int, skv: int) -> tuple[int, int]:
+        """(left, right) as FlashAttention counts them; -1 where there is no limit.
+
+        There the diagonal ends in the last query and the last key, and query i sees the keys
+        `i + skv - sq - left <= j <= i + skv - sq + right`.
+        """
+        left = -1 if self.low is None else skv - sq - self.low
+        right = -1 if self.high is None else self.high - (skv - sq)
+        return left, right
+
+    def causal_or_windows(self, sq: int, skv: int) -> tuple[bool, int, int]:
+        """(causal, left, right) for kernels that take both a flag and windows."""
+        if self.causal_square(sq, skv):
+            return True, -1, -1
+        return False, *self.windows(sq, skv)
 
 
 class Kernel(Protocol):
@@ -28,6 +61,9 @@ class Kernel(Protocol):
 
     q `[b, sq, h, dk]`, k `[b, skv, hkv, dk]`, v `[b, skv, hkv, dv]`, out and dout `[b, sq, h, dv]`,
     lse `[b, h, sq]` in fp32 (fp64 for fp64), natural log; h is a multiple of hkv (GQA).
+
+    What `registry.select` returns serves every band; the class of a backend may serve only those
+    that its record names.
     """
 
     def forward(
@@ -52,6 +88,25 @@ class Kernel(Protocol):
         """
 
 
+class Bands(Enum):
+    """Which bands of diagonals a backend serves by itself; `bands.py` cuts up the others."""
+
+    ALL = "all"
+    NOT_TALL = "not tall"  # see `bands.not_tall`
+    NONE = "none"  # only what is full, and causal squares
+
+
+class Wanted(NamedTuple):
+    """What a backend is chosen for; devices and dtypes by name."""
+
+    device: str
+    dtype: str
+    head_dim: int
+    value_dim: int
+    deterministic: bool = False
+    softcap: bool = False
+
+
 @dataclass(frozen=True)
 class KernelRecord:
     """A backend's row of the table: what it serves.
@@ -65,6 +120,8 @@ class KernelRecord:
         other_value_dims: pairs (head dim, value dim) with different dims that it serves without
             padding; None for any pair.
         deterministic_head_dim: largest head dim with bitwise repeatable gradients, 0 for none.
+        bands: which bands it serves without being called several times a tile.
+        softcap: whether it caps scores (`TileCall.softcap`), in both passes.
         archs: major compute capabilities of the GPUs it serves; empty where that is no matter.
         install: what to install when it is not there.
     """
@@ -78,6 +135,8 @@ class KernelRecord:
     head_dim_multiple: int
     other_value_dims: tuple[tuple[int, int], ...] | None
     deterministic_head_dim: int
+    bands: Bands
+    softcap: bool
     archs: tuple[int, ...]
     install: str
 
@@ -89,10 +148,9 @@ class KernelRecord:
             return None
         return -(-max(head_dim, value_dim) // self.head_dim_multiple) * self.head_dim_multiple
 
-    def refuses(
-        self, device: str, dtype: str, head_dim: int, value_dim: int, deterministic: bool
-    ) -> str | None:
-        """Why this backend cannot serve such a call, or None."""
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Why this backend cannot serve such calls, or None."""
+        device, dtype, head_dim, value_dim, deterministic, softcap = wanted
         if device not in self.devices:
             return f"serves {', '.join(self.devices)} tensors, not {device}"
         if dtype not in self.dtypes:
@@ -106,4 +164,6 @@ class KernelRecord:
             if not self.deterministic_head_dim:
                 return "has no deterministic backward"
             return f"is deterministic for head dims to {self.deterministic_head_dim}, not {used}"
+        if softcap and not self.softcap:
+            return "has no logit soft-cap"
         return None

@@ -2,7 +2,8 @@
 """CPU flash attention from torch: the operator behind `scaled_dot_product_attention`, with its LSE.
 
 It takes `[b, h, s, d]` with any strides, fp16 to fp64, grouped KV heads, and skips blocks above the
-diagonal when causal. Its log-sum-exp is fp32 (fp64 for fp64).
+diagonal when causal, a diagonal that begins in the first query and the first key. Its log-sum-exp
+is fp32 (fp64 for fp64).
 
 Its backward adds up the key and value gradients of a group of query heads in the input dtype, so in
 half precision each group member is called for alone and they are added up in fp32.
@@ -24,13 +25,13 @@ def unavailable() -> str | None:
 
 
 class CpuFlashAttention:
-    """See `base.Kernel`."""
+    """See `base.Kernel`: full rectangles and causal squares."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: TileCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _forward(
-            *(t.transpose(1, 2) for t in (q, k, v)), 0.0, call.causal, scale=call.scale
+            *(t.transpose(1, 2) for t in (q, k, v)), 0.0, not call.full, scale=call.scale
         )
         return out.transpose(1, 2), lse
 
@@ -50,7 +51,7 @@ class CpuFlashAttention:
                 *(t.transpose(1, 2) for t in (dout, q, k, v, out)),
                 lse.contiguous(),
                 0.0,
-                call.causal,
+                not call.full,
                 scale=call.scale,
             )
             dq, dk, dv = (grad.transpose(1, 2) for grad in grads)

@@ -2,7 +2,8 @@
 """FlashAttention 2 (package flash-attn): Ampere and newer, GQA native.
 
 Written for 2.7 and 2.8, whose `_flash_attn_forward` returns (out, lse, mask, rng state) and whose
-`_flash_attn_backward` writes into the gradients it is given; 2.6 returned eight values.
+`_flash_attn_backward` writes into the gradients it is given; 2.6 returned eight values. Windows of
+tall tiles are read otherwise than written (`bands.not_tall`), and never reach it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class FlashAttention2:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: TileCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, _, _ = self._forward(q, k, v, return_softmax=False, **_options(call))
+        options = _options(q, k, call)
+        out, lse, _, _ = self._forward(q, k, v, return_softmax=False, **options)
         return out, lse
 
     def backward(
@@ -65,19 +67,20 @@ class FlashAttention2:
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         self._backward(
             dout, q, k, v, out, lse.contiguous(), dq, dk, dv,
-            deterministic=call.deterministic, **_options(call),
+            deterministic=call.deterministic, **_options(q, k, call),
         )  # fmt: skip
         return dq, dk, dv
 
 
-def _options(call: TileCall) -> dict[str, Any]:
-    """Arguments that both passes share: no dropout, window, softcap or ALiBi."""
+def _options(q: torch.Tensor, k: torch.Tensor, call: TileCall) -> dict[str, Any]:
+    """Arguments that both passes share: no dropout, no ALiBi."""
+    causal, left, right = call.causal_or_windows(q.shape[1], k.shape[1])
     return {
         "dropout_p": 0.0,
         "softmax_scale": call.scale,
-        "causal": call.causal,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
+        "causal": causal,
+        "window_size_left": left,
+        "window_size_right": right,
+        "softcap": call.softcap,
         "alibi_slopes": None,
     }

@@ -8,17 +8,19 @@ tensors given to backward: what else it returns differs between builds and is no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .base import TileCall
 from .installed import import_or_reason, no_gpu, schema_differs, wrong_version
 
 _LIBRARY = "flash_attn_3._C"  # registers torch.ops.flash_attn_3
-_FORWARD = ("q", "k", "v", "softmax_scale", "is_causal", "num_splits")
-_BACKWARD = (
-    "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale", "is_causal",
-    "deterministic",
+_COMMON = (
+    "q", "k", "v", "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap",
 )  # fmt: skip
+_FORWARD = (*_COMMON, "num_splits")
+_BACKWARD = (*_COMMON, "dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic")
 _FORWARD_RESULTS = 4  # out, lse, and two of split attention
 
 
@@ -49,9 +51,7 @@ class FlashAttention3:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: TileCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # one split: several would be merged by a second kernel, which long rows do not need
-        out, lse, _, _ = self._forward(
-            q, k, v, softmax_scale=call.scale, is_causal=call.causal, num_splits=1
-        )
+        out, lse, _, _ = self._forward(q, k, v, num_splits=1, **_options(q, k, call))
         return out, lse
 
     def backward(
@@ -71,8 +71,19 @@ class FlashAttention3:
             dq=dq,
             dk=dk,
             dv=dv,
-            softmax_scale=call.scale,
-            is_causal=call.causal,
             deterministic=call.deterministic,
+            **_options(q, k, call),
         )
         return dq, dk, dv
+
+
+def _options(q: torch.Tensor, k: torch.Tensor, call: TileCall) -> dict[str, Any]:
+    """Arguments that both passes share."""
+    causal, left, right = call.causal_or_windows(q.shape[1], k.shape[1])
+    return {
+        "softmax_scale": call.scale,
+        "is_causal": causal,
+        "window_size_left": left,
+        "window_size_right": right,
+        "softcap": call.softcap,
+    }

@@ -14,7 +14,8 @@ from importlib import import_module
 import torch
 
 from ...errors import KernelError
-from .base import Kernel, KernelRecord
+from .bands import CutBands
+from .base import Bands, Kernel, KernelRecord, Wanted
 from .padding import PaddedHeads
 
 logger = logging.getLogger(__name__)
@@ -27,31 +28,32 @@ _FROM_AMPERE = (8, 9, 10, 11, 12)
 # in order of preference for "auto"; `reference` last: right everywhere, fast nowhere
 KERNELS: tuple[KernelRecord, ...] = (
     KernelRecord(
-        "flash3", "flash_attn3", "FlashAttention3", ("cuda",), _HALF, 256, 8, _MLA, 192, (9,),
-        "flash_attn_3, the hopper build of flash-attn",
+        "flash3", "flash_attn3", "FlashAttention3", ("cuda",), _HALF, 256, 8, _MLA, 192,
+        Bands.ALL, True, (9,), "flash_attn_3, the hopper build of flash-attn",
     ),
     KernelRecord(
         "flash4", "flash_attn4", "FlashAttention4", ("cuda",), _HALF, 128, 8, _MLA, 192,
-        (9, 10, 11), "pip install --pre flash-attn-4",
+        Bands.ALL, True, (9, 10, 11), "pip install --pre flash-attn-4",
     ),
     KernelRecord(
         "flash2", "flash_attn2", "FlashAttention2", ("cuda",), _HALF, 256, 8, (), 256,
-        _FROM_AMPERE, "pip install 'flash-attn>=2.7,<2.9'",
+        Bands.NOT_TALL, True, _FROM_AMPERE, "pip install 'flash-attn>=2.7,<2.9'",
     ),
     KernelRecord(
         "cudnn", "cudnn", "CudnnAttention", ("cuda",), _HALF, 128, 8, (), 0,
-        _FROM_AMPERE, "a CUDA build of torch with cuDNN 9",
+        Bands.NONE, False, _FROM_AMPERE, "a CUDA build of torch with cuDNN 9",
     ),
     KernelRecord(
         "aten", "aten_flash", "AtenFlashAttention", ("cuda",), _HALF, 256, 8, (), 256,
-        _FROM_AMPERE, "a CUDA build of torch",
+        Bands.NOT_TALL, False, _FROM_AMPERE, "a CUDA build of torch",
     ),
     KernelRecord(
-        "cpu", "cpu", "CpuFlashAttention", ("cpu",), _ALL, 1024, 1, (), 1024, (), "torch",
+        "cpu", "cpu", "CpuFlashAttention", ("cpu",), _ALL, 1024, 1, (), 1024,
+        Bands.NONE, False, (), "torch",
     ),
     KernelRecord(
         "reference", "reference", "ReferenceAttention", ("cpu", "cuda"), _ALL, 4096, 1, None, 4096,
-        (), "torch",
+        Bands.ALL, True, (), "torch",
     ),
 )  # fmt: skip
 
@@ -76,44 +78,40 @@ def unavailable(record: KernelRecord) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _select(
-    name: str, device: str, dtype: str, head_dim: int, value_dim: int, deterministic: bool
-) -> tuple[str, Kernel]:
+def _select(name: str, wanted: Wanted) -> tuple[str, Kernel]:
     if name != "auto" and name not in _BY_NAME:
         raise KernelError(f"kernel={name!r} is unknown; use one of {', '.join(names())}")
     reasons: list[str] = []
     for record in KERNELS if name == "auto" else (_BY_NAME[name],):
-        reason = record.refuses(device, dtype, head_dim, value_dim, deterministic)
-        reason = reason or unavailable(record)
+        reason = record.refuses(wanted) or unavailable(record)
         if reason is None:
             if name == "auto":
-                _say(record, device, dtype, reasons)
-            return record.name, _load(record, head_dim, value_dim)
+                _say(record, wanted, reasons)
+            return record.name, _load(record, wanted.head_dim, wanted.value_dim)
         reasons.append(f"{record.name} {reason}")
     if name == "auto":
         raise KernelError("no attention kernel serves this call; " + "; ".join(reasons))
-    usable = [
-        r.name for r in KERNELS
-        if r.refuses(device, dtype, head_dim, value_dim, deterministic) is None
-        and unavailable(r) is None
-    ]  # fmt: skip
+    usable = [r.name for r in KERNELS if r.refuses(wanted) is None and unavailable(r) is None]
     reason = reasons[0].removeprefix(f"{name} ")
     raise KernelError(f"kernel={name!r}: {reason}; use one of {', '.join(('auto', *usable))}")
 
 
 def _load(record: KernelRecord, head_dim: int, value_dim: int) -> Kernel:
     kernel: Kernel = getattr(import_module(f".{record.module}", __package__), record.attribute)()
+    if record.bands is not Bands.ALL:
+        kernel = CutBands(kernel, record.bands)
     padded = record.padded_dim(head_dim, value_dim)
     return kernel if padded is None else PaddedHeads(kernel, padded)
 
 
-def _say(record: KernelRecord, device: str, dtype: str, passed_over: list[str]) -> None:
+def _say(record: KernelRecord, wanted: Wanted, passed_over: list[str]) -> None:
     """Log what "auto" took, and why not what stands before it in the table."""
     # the reference is right but slow: nobody wants it on a GPU without knowing
     level = logging.WARNING if record.name == "reference" else logging.INFO
-    others = [reason for reason in passed_over if f"tensors, not {device}" not in reason]
+    others = [reason for reason in passed_over if f"tensors, not {wanted.device}" not in reason]
     because = f" ({'; '.join(others)})" if others else ""
-    logger.log(level, "attention kernel for %s %s: %s%s", device, dtype, record.name, because)
+    text = "attention kernel for %s %s: %s%s"
+    logger.log(level, text, wanted.device, wanted.dtype, record.name, because)
 
 
 def select(
@@ -124,10 +122,21 @@ def select(
     head_dim: int,
     value_dim: int | None = None,
     deterministic: bool = False,
+    softcap: bool = False,
 ) -> tuple[str, Kernel]:
-    """The chosen backend's name and its kernel; `KernelError` says why none can serve the call."""
+    """The chosen backend's name and its kernel, which serves every band of diagonals.
+
+    Args:
+        name: one of `names()`.
+        value_dim: of values and outputs, if other than `head_dim`.
+        deterministic: gradients must repeat bitwise.
+        softcap: calls will cap their scores.
+
+    `KernelError` says why none can serve such calls, or what can in place of the named one.
+    """
     plain = str(dtype).removeprefix("torch.")
-    return _select(name, device.type, plain, head_dim, value_dim or head_dim, deterministic)
+    wanted = Wanted(device.type, plain, head_dim, value_dim or head_dim, deterministic, softcap)
+    return _select(name, wanted)
 
 
 def report() -> list[tuple[str, str]]:

@@ -23,10 +23,13 @@ def _flash_attn_forward(
     alibi_slopes: torch.Tensor | None,
     return_softmax: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+    assert dropout_p == 0.0
     assert alibi_slopes is None
     assert return_softmax is False
-    out, lse = arithmetic.forward(q, k, v, softmax_scale, causal)
+    asked = arithmetic.flash2(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, q.shape[1], k.shape[1]
+    )
+    out, lse = arithmetic.forward(q, k, v, asked)
     return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
 
@@ -50,10 +53,13 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+    assert dropout_p == 0.0
     assert alibi_slopes is None
     assert rng_state is None
     deterministic_calls.append(deterministic)
-    grads = arithmetic.backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
+    asked = arithmetic.flash2(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, q.shape[1], k.shape[1]
+    )
+    grads = arithmetic.backward(dout, q, k, v, out, softmax_lse, asked)
     arithmetic.write(grads, (dq, dk, dv))
     return torch.empty_like(softmax_lse)

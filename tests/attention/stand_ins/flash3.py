@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import arithmetic
@@ -40,22 +42,26 @@ OLDER_BACKWARD = (
 deterministic_calls: list[bool] = []
 
 
+def _asked(q: torch.Tensor, k: torch.Tensor, named: dict[str, Any]) -> arithmetic.Asked:
+    return arithmetic.flash3(
+        named["softmax_scale"], named["is_causal"], named["window_size_left"],
+        named["window_size_right"], named["softcap"], q.shape[1], k.shape[1],
+    )  # fmt: skip
+
+
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **named: Any
 ) -> tuple[torch.Tensor, ...]:
-    out, lse = arithmetic.forward(q, k, v, named.get("softmax_scale"), bool(named["is_causal"]))  # type: ignore[arg-type]
-    assert not rest
     assert named["num_splits"] == 1
+    out, lse = arithmetic.forward(q, k, v, _asked(q, k, named))
     return out, lse, q.new_empty(0), q.new_empty(0)
 
 
-def _backward(*tensors: torch.Tensor, **named: object) -> tuple[torch.Tensor, ...]:
-    dout, q, k, v, out, lse, dq, dk, dv = tensors[:9]
-    scale, causal = named["softmax_scale"], bool(named["is_causal"])
+def _backward(*tensors: torch.Tensor, **named: Any) -> tuple[torch.Tensor, ...]:
+    dout, q, k, v, out, lse, *grads = tensors
     deterministic_calls.append(bool(named["deterministic"]))
     arithmetic.write(
-        arithmetic.backward(dout, q, k, v, out, lse, scale, causal),  # type: ignore[arg-type]
-        (dq, dk, dv),
+        arithmetic.backward(dout, q, k, v, out, lse, _asked(q, k, named)), tuple(grads)
     )
     return tuple(q.new_empty(0) for _ in range(5))
 

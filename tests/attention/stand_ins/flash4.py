@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flash-attn-4: `flash_attn.cute.interface` (beta 36; beta 8 returned the first two values)."""
+"""flash-attn-4: `flash_attn.cute.interface` (beta 36; beta 9 returned the first two values)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def _flash_attn_fwd(
 ) -> tuple[torch.Tensor | None, ...]:
     assert q is not None
     assert k is not None
-    result, sums = arithmetic.forward(q, k, v, softmax_scale, causal)
+    asked = arithmetic.flash4(
+        softmax_scale, causal, window_size_left, window_size_right, softcap or 0.0
+    )
+    result, sums = arithmetic.forward(q, k, v, asked)
     return result, sums if return_lse else None, None, None, None
 
 
@@ -88,6 +91,7 @@ def _flash_attn_bwd(
     dv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     deterministic_calls.append(deterministic)
-    grads = arithmetic.backward(dout, q, k, v, out, lse, softmax_scale, causal)
+    asked = arithmetic.flash4(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    grads = arithmetic.backward(dout, q, k, v, out, lse, asked)
     arithmetic.write(grads, (dq, dk, dv))
     return dq, dk, dv

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.attention import masks, schedules
+from megatron_seqpar.errors import ScheduleError, UnsupportedError
 
 GROUP_TITLE = "sequence parallel (megatron_seqpar)"
 
@@ -27,14 +28,19 @@ def _flag(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     negated: bool = False,
+    number: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A dataclass field with the metadata that `add_arguments` reads."""
+    """A dataclass field with the metadata that `add_arguments` and `from_namespace` read.
+
+    number: int or float, for a field whose text is one.
+    """
     metadata = {
         "flag": flag,
         "help": help,
         "choices": choices,
         "metavar": metavar,
         "negated": negated,
+        "number": number,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -54,13 +60,37 @@ class SeqParConfig:
         "1 leaves Megatron as it is. Not to be confused with --sequence-parallel, which splits "
         "norm and dropout activations over the tensor-parallel group.",
         metavar="N",
+        number=int,
     )
     schedule: str = _flag(
         "auto",
         "--seqpar-schedule",
-        "Who computes which attention tile when, and what moves. 'balanced' leaves no rank idle "
-        "under a causal mask; 'ring' is the baseline; 'auto' chooses.",
-        choices=("auto", "balanced", "ring"),
+        "Who computes which attention tile when, and what moves. 'auto' chooses by the mask, the "
+        "sizes and the machine; the choice is printed before the first step.",
+        choices=schedules.names(),
+    )
+    token_layout: str = _flag(
+        "contiguous",
+        "--seqpar-token-layout",
+        "Which tokens a rank owns. 'contiguous': one chunk each. 'zigzag': an early and a late "
+        "chunk each, as Megatron's own context parallelism cuts them.",
+        choices=("contiguous", "zigzag"),
+    )
+    mask: str = _flag(
+        "causal",
+        "--seqpar-mask",
+        "Which tokens attend to which, where Megatron's layers ask for causal attention: causal, "
+        "full, window:LEFT[,RIGHT[,SINKS]] or prefix:LENGTH. Any but causal uses our core "
+        "attention with --sequence-parallel-size 1 too.",
+        metavar="TEXT",
+    )
+    softcap: float = _flag(
+        0.0,
+        "--seqpar-softcap",
+        "Bound attention logits smoothly to +-C, as C * tanh(logit / C); 0 for no bound. It uses "
+        "our core attention with --sequence-parallel-size 1 too.",
+        metavar="C",
+        number=float,
     )
     kernel: str = _flag(
         "auto",
@@ -84,6 +114,21 @@ class SeqParConfig:
         "same numbers.",
         negated=True,
     )
+    node_size: int | None = _flag(
+        None,
+        "--seqpar-node-size",
+        "Ranks of the axis that share a node's fast links, consecutive ones. By default it "
+        "follows from the processes on each node and from tensor parallelism.",
+        metavar="N",
+        number=int,
+    )
+    cluster: str | None = _flag(
+        None,
+        "--seqpar-cluster",
+        "Speeds of the machine that 'auto' schedules for: a name or a YAML file. By default what "
+        "is found here.",
+        metavar="NAME|FILE.yaml",
+    )
     report: str | None = _flag(
         None,
         "--seqpar-report",
@@ -98,6 +143,22 @@ class SeqParConfig:
                 f"--sequence-parallel-size {self.sequence_parallel_size}: the size must be 1 or "
                 "more; 1 turns the axis off."
             )
+        if not 0.0 <= self.softcap < float("inf"):
+            raise UnsupportedError(
+                f"--seqpar-softcap {self.softcap}: the bound must be positive, or 0 for none."
+            )
+        if self.node_size is not None and (
+            self.node_size < 1 or self.sequence_parallel_size % self.node_size
+        ):
+            raise UnsupportedError(
+                f"--seqpar-node-size {self.node_size} with --sequence-parallel-size "
+                f"{self.sequence_parallel_size}: every node must hold as many ranks of the axis; "
+                "use a divisor of the size."
+            )
+        try:
+            masks.as_mask(self.mask)
+        except ScheduleError as error:
+            raise UnsupportedError(f"--seqpar-mask {self.mask}: {error}.") from error
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
@@ -117,10 +178,31 @@ class SeqParConfig:
         """Whether Megatron's core attention gives way to ours.
 
         With one rank that happens when a kernel is named, so that size 1 and stock tensor
-        parallelism can be compared with the axis on the very same attention kernel, and when our
-        recomputation is asked for, which needs what our attention returns.
+        parallelism can be compared with the axis on the very same attention kernel, when our
+        recomputation is asked for, which needs what our attention returns, and for a mask or a
+        bound on logits that Megatron's attention does not have.
         """
-        return self.active or self.kernel != "auto" or self.recompute != "none"
+        return self.active or self.reason_without_axis is not None
+
+    @property
+    def reason_without_axis(self) -> str | None:
+        """The first flag, with its value, that asks for our core attention whatever the size."""
+        names = ("kernel", "mask", "softcap", "recompute")
+        asked = (as_typed(self, name) for name in names if not is_default(self, name))
+        return next(asked, None)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(SeqParConfig)}
+
+
+def is_default(config: SeqParConfig, field_name: str) -> bool:
+    """Whether a setting has the value it has when its flag is not given."""
+    return bool(getattr(config, field_name) == FIELDS[field_name].default)
+
+
+def as_typed(config: SeqParConfig, field_name: str) -> str:
+    """A setting as the user types it, e.g. '--seqpar-mask prefix:64'."""
+    return f"{FIELDS[field_name].metadata['flag']} {getattr(config, field_name)}"
 
 
 def destination(field_name: str) -> str:
@@ -168,11 +250,15 @@ def from_namespace(namespace: Any) -> SeqParConfig:
         for field in dataclasses.fields(SeqParConfig)
         if hasattr(namespace, destination(field.name))
     }
-    size = values.get("sequence_parallel_size", 1)
-    try:
-        values["sequence_parallel_size"] = int(size)
-    except ValueError:
-        raise UnsupportedError(
-            f"--sequence-parallel-size {size}: not a number. Use 1 or more."
-        ) from None
+    for name, value in values.items():
+        meta = FIELDS[name].metadata
+        if meta["number"] is None or value is None:
+            continue
+        try:
+            values[name] = meta["number"](value)
+        except ValueError:
+            example = "1 or more" if meta["number"] is int else "one, like 50.0"
+            raise UnsupportedError(
+                f"{meta['flag']} {value}: not a number. Use {example}."
+            ) from None
     return SeqParConfig(**values)

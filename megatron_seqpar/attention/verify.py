@@ -15,8 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
-import numpy as np
-
 from ..errors import ScheduleError
 from .ir import RETURNS, Direction, Key, Payload, Plan, Problem, Step, Tile, Transfer
 from .layouts import Span
@@ -68,6 +66,8 @@ def _check_region(region: Region, heads: Span, tiles: list[Tile]) -> None:
     """Count, on the grid of all tiles' ends, how often each cell is computed."""
     if len(tiles) == 1 and tiles[0].region == region:
         return
+    import numpy as np  # here, so that settings and planning import nothing heavy
+
     q_edges = sorted({edge for span in (region.q, *(t.q for t in tiles)) for edge in span})
     kv_edges = sorted({edge for span in (region.kv, *(t.kv for t in tiles)) for edge in span})
     q_number = {edge: i for i, edge in enumerate(q_edges)}

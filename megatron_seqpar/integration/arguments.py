@@ -19,6 +19,7 @@ from megatron_seqpar import config as settings
 from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import lengths, refusals, state
+from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 _FOLDED = "seqpar_folded"
 """Marks a namespace whose `context_parallel_size` is ours and not the user's."""
@@ -76,22 +77,9 @@ def fold(args: Any) -> None:
 
 def context(config: SeqParConfig) -> str:
     """How refusals name what turned our attention on."""
-    if config.active:
-        return f"--sequence-parallel-size {config.sequence_parallel_size}"
-    if config.kernel != "auto":
-        return f"--seqpar-kernel {config.kernel}"
-    return f"--seqpar-recompute {config.recompute}"
-
-
-def refuse_recompute(source: Any, config: SeqParConfig, scope: str) -> None:
-    """Refuse what our recomputation does not go together with. Raises `UnsupportedError`."""
-    if config.recompute != "none":
-        refusals.refuse(
-            source,
-            f"--seqpar-recompute {config.recompute}",
-            scope,
-            table=refusals.RECOMPUTE_REFUSALS,
-        )
+    if config.active or config.reason_without_axis is None:
+        return settings.as_typed(config, "sequence_parallel_size")
+    return config.reason_without_axis
 
 
 def check_names(config: SeqParConfig) -> None:
@@ -111,7 +99,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         config = state.config()
-        refuse_recompute(args, config, refusals.ARGUMENTS)
+        refuse_by_setting(args, config, refusals.ARGUMENTS)
         if not config.active:
             if config.replaces_core_attention:
                 refusals.refuse(args, context(config), refusals.CONFIG)
@@ -119,7 +107,10 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_late(args, config)
         result = _validate_without_pairing(original, args, rest, kwargs, config)
         _refuse_late(args, config)
-        refuse_recompute(args, config, refusals.ARGUMENTS)
+        refuse_by_setting(args, config, refusals.ARGUMENTS)
+        from megatron_seqpar.integration import plan  # imports Megatron's core
+
+        plan.check(args, config)
         return result
 
     return validate_args
@@ -162,7 +153,7 @@ def _refuse_late(args: Any, config: SeqParConfig) -> None:
     length = lengths.sequence_length(args)
     if length is not None:
         split = args.tensor_model_parallel_size if args.sequence_parallel else 1
-        lengths.check_sequence_length(length, own, split)
+        lengths.check_sequence_length(length, own, split, zigzag=not state.contiguous())
 
 
 def _validate_without_pairing(
@@ -175,7 +166,7 @@ def _validate_without_pairing(
     check on the length, against the position table, is repeated here with the true value.
     """
     length, size = args.seq_length, config.sequence_parallel_size
-    if length is None or length % (2 * size) == 0:
+    if length is None or length % (2 * size) == 0 or not state.contiguous():
         return original(args, *rest, **kwargs)
     shown = length - size
     args.seq_length = shown

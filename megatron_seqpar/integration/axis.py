@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_seqpar.errors import SeqParError, UnsupportedError
-from megatron_seqpar.integration import state
+from megatron_seqpar.integration import nodes, state
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Axis:
     rank: this process's group rank.
     transport: the one transport that every attention layer of this process sends through, so
         that its counters cover the whole step; None when size is 1.
+    node_size: consecutive ranks of the axis that share a node.
     """
 
     group: dist.ProcessGroup | None
     global_ranks: tuple[int, ...]
     rank: int
     transport: Any
+    node_size: int = 1
 
     @property
     def size(self) -> int:
@@ -166,7 +168,13 @@ def build(groups: Sequence[Sequence[int]], timeout_minutes: float) -> Axis:
     dist.all_reduce(torch.zeros(1, device=_communication_device(mine)), group=mine)
     from megatron_seqpar.attention.transport import ProcessGroupTransport
 
-    _axis = Axis(mine, global_ranks, dist.get_rank(mine), ProcessGroupTransport(mine))
+    _axis = Axis(
+        mine,
+        global_ranks,
+        dist.get_rank(mine),
+        ProcessGroupTransport(mine),
+        nodes.of_axis(global_ranks, state.config()),
+    )
     return _axis
 
 

@@ -2,7 +2,8 @@
 """Give each rank the contiguous tokens it owns.
 
 Stock Megatron cuts a batch into 2 x CP pieces and pairs an early with a late one. On our axis
-group rank r owns tokens [r * n, (r + 1) * n) of each sequence, n = length / P.
+group rank r owns tokens [r * n, (r + 1) * n) of each sequence, n = length / P. With the zigzag
+token layout stock code cuts.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def wrap_per_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
     def _get_batch_on_this_cp_rank_per_sequence_balancing(
         batch: dict[str, Any], cp_group: dist.ProcessGroup
     ) -> dict[str, Any]:
-        if not state.active():
+        if not state.contiguous():
             return original(batch, cp_group=cp_group)
         return narrow_batch(batch, cp_group)
 
@@ -88,7 +89,7 @@ def wrap_single_function(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def get_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not state.active():
+        if not state.contiguous():
             return original(*args, **kwargs)
         from megatron.core import parallel_state
 

@@ -2,8 +2,9 @@
 """Megatron's core attention, distributed over the SP axis.
 
 A drop-in for `DotProductAttention` and `TEDotProductAttention`: the same constructor keywords and
-the same call, so any layer spec can hold it. It owns no parameters and no state, so checkpoints
-are those of the stock model.
+the same call, so any layer spec can hold it. It owns what the stock attention owns, the softmax
+offset of `--softmax-type learnable` and else nothing, under the same name and sharded alike, so
+checkpoints are those of the stock model.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_seqpar.attention import Causal, Full, Mask, dist_flash_attention
+from megatron_seqpar.attention import dist_flash_attention
 from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, axis, recompute, refusals, state
-
-_MASKS: dict[AttnMaskType, Mask] = {
-    AttnMaskType.causal: Causal(),
-    AttnMaskType.no_mask: Full(),
-}
+from megatron_seqpar.integration import arguments, axis, masks, recompute, refusals, state
+from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 
 class SeqParCoreAttention(MegatronModule):
@@ -33,6 +32,10 @@ class SeqParCoreAttention(MegatronModule):
     Constructor keywords are Megatron's; `attention_dropout`, `k_channels`, `v_channels`,
     `num_splits` and `cp_comm_type` have no effect here and are accepted because layers pass them.
     Raises `UnsupportedError` for a configuration that attention cannot serve.
+
+    Attributes:
+        softmax_offset: `[heads of this TP rank]`, logits of a virtual key with value zero, as
+            stock attention has them: None, zeros, or a parameter, by `softmax_type`.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class SeqParCoreAttention(MegatronModule):
             )
         table = [row for row in refusals.REFUSALS if row.attribute != "context_parallel_size"]
         refusals.refuse(config, context, refusals.CONFIG, table=table)
-        arguments.refuse_recompute(config, settings, refusals.CONFIG)
+        refuse_by_setting(config, settings, refusals.CONFIG)
         if attention_dropout:
             raise UnsupportedError(
                 f"attention_dropout {attention_dropout} with {context}: set --attention-dropout 0."
@@ -70,28 +73,52 @@ class SeqParCoreAttention(MegatronModule):
                 f"attention_type {attention_type} with {context}: only self-attention is split "
                 "over the axis; use tensor parallelism for encoder-decoder models."
             )
-        self._mask_of(attn_mask_type)
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
+        self._mask = functools.partial(masks.of_layer, config, layer_number)
+        self._mask(attn_mask_type)
         self.softmax_scale = (
             softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         )
-        if settings.active:
-            self._transport: Transport = axis.require_matching(pg_collection).transport
-        else:  # an axis of one rank, whatever tensor and data parallelism make of the world
-            self._transport = LocalTransport()
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.tp_group = pg_collection.tp
+        self._make_softmax_offset()
+        self._transport: Transport = LocalTransport()
+        self._node_size = 1
+        if settings.active:  # else one rank, whatever tensor and data parallelism make of the world
+            ours = axis.require_matching(pg_collection)
+            self._transport, self._node_size = ours.transport, ours.node_size
 
-    @staticmethod
-    def _mask_of(attn_mask_type: AttnMaskType | None) -> Mask:
-        mask = None if attn_mask_type is None else _MASKS.get(attn_mask_type)
-        if mask is None:
-            name = getattr(attn_mask_type, "name", attn_mask_type)
-            raise UnsupportedError(
-                f"attn_mask_type {name} with {arguments.context(state.config())}: masks given "
-                "as tensors are not split over the axis; use "
-                f"{' or '.join(kind.name for kind in _MASKS)}."
-            )
-        return mask
+    def _make_softmax_offset(self) -> None:
+        """As stock attention does, down to the draws from the random generator."""
+        config = self.config
+        self.softmax_offset: torch.Tensor | None = None
+        kind = getattr(config, "softmax_type", "vanilla")
+        if kind == "vanilla":
+            return
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        heads = config.num_attention_heads // self.tp_group.size()
+        offset = torch.zeros(heads, device=device, dtype=config.params_dtype)
+        if kind == "learnable":
+            offset = torch.nn.Parameter(offset)
+            if config.perform_initialization:
+                offset = config.init_method(offset)
+        self.softmax_offset = offset
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The softmax offset, if it is a parameter, as the stock attention saves it."""
+        if not isinstance(self.softmax_offset, torch.nn.Parameter):
+            return {}
+        stock = DotProductAttention.sharded_state_dict
+        return stock(self, prefix, sharded_offsets, metadata)
 
     def forward(
         self,
@@ -107,7 +134,7 @@ class SeqParCoreAttention(MegatronModule):
 
         query: `[s_local, b, heads, head_dim]`, after rotary embedding, possibly strided.
         key, value: `[s_local, b, kv_heads, head_dim]`, likewise; kv_heads divides heads.
-        attention_mask: ignored; the mask is causal or full as `attn_mask_type` says (the
+        attention_mask: ignored; the mask is what `masks.of_layer` makes of `attn_mask_type` (the
             constructor's when None).
         Returns `[s_local, b, heads * head_dim]` in the dtype of `query`.
         Raises `UnsupportedError` for packed input, a bias, or a key/value cache.
@@ -135,9 +162,13 @@ class SeqParCoreAttention(MegatronModule):
             key,
             value,
             group=self._transport,
-            mask=self._mask_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type),
+            mask=self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type),
             schedule=settings.schedule,
+            node_size=self._node_size,
+            token_layout=settings.token_layout,
             softmax_scale=self.softmax_scale,
+            softcap=settings.softcap,
+            sink=self.softmax_offset,
             tensor_layout="sbhd",
             kernel=settings.kernel,
             deterministic=bool(self.config.deterministic_mode),

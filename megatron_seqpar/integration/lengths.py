@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_seqpar.errors import UnsupportedError
@@ -14,24 +15,27 @@ def sequence_length(args: Any) -> int | None:
     return length if length is not None else getattr(args, "encoder_seq_length", None)
 
 
-def check_sequence_length(length: int, size: int, tensor_parallel: int = 1) -> None:
+def check_sequence_length(
+    length: int, size: int, tensor_parallel: int = 1, *, zigzag: bool = False
+) -> None:
     """Refuse a sequence that does not split into equal chunks.
 
     length: tokens in a sequence. size: P, ranks on the SP axis. tensor_parallel: ranks over which
-    --sequence-parallel (TP-SP) splits each chunk again; 1 when it is off.
+    --sequence-parallel (TP-SP) splits each rank's tokens again; 1 when it is off. zigzag: every
+    rank owns two chunks, not one.
     Raises `UnsupportedError` naming the nearest lengths that work.
     """
+    unit = size * math.lcm(2 if zigzag else 1, tensor_parallel)
     if length < size:
         raise UnsupportedError(
             f"--seq-length {length} with --sequence-parallel-size {size}: the sequence is "
-            f"shorter than the axis. Use at least {size * tensor_parallel} tokens or a smaller "
+            f"shorter than the axis. Use at least {unit} tokens or a smaller "
             "--sequence-parallel-size."
         )
-    unit = size * tensor_parallel
     if length % unit:
         below, above = length - length % unit, length - length % unit + unit
         nearest = f"{below} or {above}" if below else f"{above}"
-        why = f"{size} chunks"
+        why = f"{2 * size} chunks, two a rank" if zigzag else f"{size} chunks"
         if tensor_parallel > 1:
             why += f", each split by --sequence-parallel over {tensor_parallel} tensor ranks"
         raise UnsupportedError(

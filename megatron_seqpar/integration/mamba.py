@@ -26,7 +26,7 @@ def wrap_load_balancing(original: Callable[..., Any]) -> Callable[..., Any]:
     def attention_load_balancing(
         input_: torch.Tensor, cp_size: int, packed_seq_params: Any = None
     ) -> torch.Tensor:
-        if not state.active() or cp_size == 1:
+        if not state.contiguous() or cp_size == 1:
             return original(input_, cp_size, packed_seq_params)
         if packed_seq_params is not None:
             raise UnsupportedError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.integration import state
 
 ARGUMENTS = "arguments"
 CONFIG = "config"
@@ -53,7 +54,7 @@ class Refusal:
         return f"{self.flag} {shown} with {context}: {self.reason}. {self.alternative}."
 
 
-def _set(value: Any) -> bool:
+def is_set(value: Any) -> bool:
     return bool(value)
 
 
@@ -74,14 +75,25 @@ def _has_layers(symbols: str) -> Callable[[Any], bool]:
     return lambda pattern: pattern is not None and any(symbol in pattern for symbol in symbols)
 
 
+def _not_a_pair(value: Any) -> bool:
+    if value is None:
+        return False
+    return not (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(reach, int) and reach >= -1 for reach in value)
+    )
+
+
 def _fused_latent_rope(source: Any) -> bool:
     return bool(
-        getattr(source, "multi_latent_attention", False)
+        state.contiguous()
+        and getattr(source, "multi_latent_attention", False)
         and getattr(source, "apply_rope_fusion", False)
     )
 
 
-_BOTH = (ARGUMENTS, CONFIG)
+BOTH = (ARGUMENTS, CONFIG)
 
 REFUSALS: tuple[Refusal, ...] = (
     # What takes the same place as the axis.
@@ -95,21 +107,21 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--hierarchical-context-parallel-sizes",
         "hierarchical_context_parallel_sizes",
-        _set,
+        is_set,
         "it splits stock context parallelism, which the axis replaces",
         "Drop --hierarchical-context-parallel-sizes",
     ),
     Refusal(
         "--hybrid-context-parallel",
         "hybrid_context_parallel",
-        _set,
+        is_set,
         "its group sizes change from batch to batch",
         "Use a fixed --sequence-parallel-size",
     ),
     Refusal(
         "--yaml-cfg",
         "yaml_cfg",
-        _set,
+        is_set,
         "a YAML file replaces the parsed arguments, and the axis with them",
         "Pass the settings as command line flags",
     ),
@@ -117,35 +129,35 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--sft",
         "sft",
-        _set,
+        is_set,
         "it packs samples (THD layout), which are not split over the axis",
         "Train on unpacked sequences",
     ),
     Refusal(
         "--dataloader-inter-document-masking",
         "dataloader_inter_document_masking",
-        _set,
+        is_set,
         "it packs documents (THD layout), which are not split over the axis",
         "Let tokens attend over the whole causal sequence",
     ),
     Refusal(
         "--reset-attention-mask",
         "reset_attention_mask",
-        _set,
+        is_set,
         "it makes a mask per document; the axis serves causal masks over the whole sequence",
         "Drop --reset-attention-mask",
     ),
     Refusal(
         "--perform-rl-step",
         "perform_rl_step",
-        _set,
+        is_set,
         "reinforcement learning builds an inference model without the axis and packs sequences",
         "Use stock --context-parallel-size",
     ),
     Refusal(
         "--vision-pretraining",
         "vision_pretraining",
-        _set,
+        is_set,
         "vision models are not split over the axis",
         "Use tensor parallelism",
     ),
@@ -156,39 +168,31 @@ REFUSALS: tuple[Refusal, ...] = (
         _above_zero,
         "attention without stored probabilities cannot drop them out alike on every rank",
         "Set --attention-dropout 0",
-        _BOTH,
-    ),
-    Refusal(
-        "--softmax-type",
-        "softmax_type",
-        _not("vanilla"),
-        "partial results of other softmax types cannot be merged across ranks",
-        "Use --softmax-type vanilla",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--qk-clip",
         "qk_clip",
-        _set,
+        is_set,
         "it reads the largest attention logit, which the attention kernels do not return",
         "Drop --qk-clip or use --qk-layernorm",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--log-max-attention-logit",
         "log_max_attention_logit",
-        _set,
+        is_set,
         "the attention kernels do not return the largest attention logit",
         "Drop --log-max-attention-logit",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--window-size",
         "window_size",
-        _set,
-        "sliding windows are not scheduled over the axis",
-        "Use full causal attention",
-        _BOTH,
+        _not_a_pair,
+        "a window is how many tokens it reaches before and after each token, -1 for no limit",
+        "Give two numbers, like --window-size 4095,0",
+        BOTH,
     ),
     Refusal(
         "--position-embedding-type",
@@ -200,10 +204,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--experimental-attention-variant",
         "experimental_attention_variant",
-        _set,
+        is_set,
         "the variant does its own attention and its own context parallelism",
         "Use softmax attention",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--hybrid-layer-pattern",
@@ -217,30 +221,30 @@ REFUSALS: tuple[Refusal, ...] = (
         "rope_type",
         lambda value: value == "yarn",
         "the fused rotary embedding of latent attention with YaRN assumes the stock token order",
-        "Add --no-rope-fusion or use --rope-type rope",
-        _BOTH,
+        "Add --no-rope-fusion, or use --rope-type rope or --seqpar-token-layout zigzag",
+        BOTH,
         when=_fused_latent_rope,
     ),
     Refusal(
         "--cache-mla-latents",
         "cache_mla_latents",
-        _set,
+        is_set,
         "it is for generation, which the axis does not serve",
         "Drop --cache-mla-latents",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--use-kitchen-attention",
         "use_kitchen_attention",
-        _set,
+        is_set,
         "it replaces the core attention",
         "Drop --use-kitchen-attention",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "TransformerConfig.fp8_dot_product_attention",
         "fp8_dot_product_attention",
-        _set,
+        is_set,
         "the attention kernels take fp16, bf16 or fp32",
         "Keep FP8 for the linear layers only",
         (CONFIG,),
@@ -248,7 +252,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "TransformerConfig.fp8_multi_head_attention",
         "fp8_multi_head_attention",
-        _set,
+        is_set,
         "the attention kernels take fp16, bf16 or fp32",
         "Keep FP8 for the linear layers only",
         (CONFIG,),
@@ -256,19 +260,19 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--batch-invariant-mode",
         "batch_invariant_mode",
-        _set,
+        is_set,
         "it pins Transformer Engine's attention kernels",
         "Drop --batch-invariant-mode",
-        _BOTH,
+        BOTH,
     ),
     # Execution that goes around the attention module or freezes it.
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         "overlap_moe_expert_parallel_comm",
-        _set,
+        is_set,
         "it runs the parts of a layer itself, interleaving two micro-batches' communication",
         "Drop --overlap-moe-expert-parallel-comm",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--cuda-graph-impl",
@@ -276,50 +280,50 @@ REFUSALS: tuple[Refusal, ...] = (
         _not("none"),
         "attention's transfers cannot be captured in a CUDA graph",
         "Use --cuda-graph-impl none",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--enable-cuda-graph",
         "enable_cuda_graph",
-        _set,
+        is_set,
         "attention's transfers cannot be captured in a CUDA graph",
         "Drop --enable-cuda-graph",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--external-cuda-graph",
         "external_cuda_graph",
-        _set,
+        is_set,
         "attention's transfers cannot be captured in a CUDA graph",
         "Drop --external-cuda-graph",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--use-megatron-fsdp",
         "use_megatron_fsdp",
-        _set,
+        is_set,
         "it gathers parameters on streams of its own around every module",
         "Use --use-distributed-optimizer",
     ),
     Refusal(
         "--use-torch-fsdp2",
         "use_torch_fsdp2",
-        _set,
+        is_set,
         "it gathers parameters on streams of its own around every module",
         "Use --use-distributed-optimizer",
     ),
     Refusal(
         "--fine-grained-activation-offloading",
         "fine_grained_activation_offloading",
-        _set,
+        is_set,
         "it hooks the tensors that the stock core attention saves",
         "Use --recompute-granularity",
-        _BOTH,
+        BOTH,
     ),
     Refusal(
         "--use-tp-pp-dp-mapping",
         "use_tp_pp_dp_mapping",
-        _set,
+        is_set,
         "with pipeline stages inside the data-parallel axis Megatron wants attention and experts "
         "to have the same data-parallel size, which no split of the sequence leaves them",
         "Keep Megatron's default rank order",
@@ -328,7 +332,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--inprocess-restart",
         "inprocess_restart",
-        _set,
+        is_set,
         "a restart re-creates process groups under live attention transfers",
         "Let the launcher restart the job",
     ),
@@ -341,49 +345,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use --tensor-model-parallel-size and --use-distributed-optimizer",
     ),
 )
-
-RECOMPUTE_REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "--recompute-granularity",
-        "recompute_granularity",
-        _set,
-        "both would checkpoint the same layers",
-        "Drop one of the two",
-        _BOTH,
-    ),
-    Refusal(
-        "--recompute-activations",
-        "recompute_activations",
-        _set,
-        "both would checkpoint the same layers",
-        "Drop one of the two",
-    ),
-    Refusal(
-        "--fp8-format",
-        "fp8",
-        _set,
-        "repeating a layer in FP8 needs Transformer Engine's own checkpointing",
-        "Use --recompute-granularity",
-        _BOTH,
-    ),
-    Refusal(
-        "--fp4-format",
-        "fp4",
-        _set,
-        "repeating a layer in FP4 needs Transformer Engine's own checkpointing",
-        "Use --recompute-granularity",
-        _BOTH,
-    ),
-    Refusal(
-        "--cpu-offloading-num-layers",
-        "cpu_offloading_num_layers",
-        _set,
-        "offloading hooks the tensors that a checkpointed layer does not save",
-        "Drop one of the two",
-        _BOTH,
-    ),
-)
-"""What does not go together with `--seqpar-recompute`, whatever the SP size."""
 
 
 def refuse(source: Any, context: str, scope: str, *, table: Iterable[Refusal] = REFUSALS) -> None:

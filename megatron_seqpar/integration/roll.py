@@ -84,7 +84,10 @@ def wrap_roll_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"roll_tensor(shifts={shifts}) with --sequence-parallel-size {cp_group.size()}: "
                 "only a shift of -1, the one multi-token prediction uses, crosses ranks."
             )
-        rolled = roll_left(tensor, dims, cp_group)
+        if state.contiguous():
+            rolled = roll_left(tensor, dims, cp_group)
+        else:
+            rolled, _ = original(tensor, shifts, dims, cp_group)
         if _inside_mtp_loss or rolled.is_floating_point():
             return rolled, mean_count(rolled, cp_group)
         return rolled, rolled.sum()

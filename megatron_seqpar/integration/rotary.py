@@ -23,7 +23,7 @@ def wrap_get_pos_emb_on_this_cp_rank(original: Callable[..., Any]) -> Callable[.
     def get_pos_emb_on_this_cp_rank(
         pos_emb: torch.Tensor, seq_dim: int, cp_group: dist.ProcessGroup
     ) -> torch.Tensor:
-        if not state.active():
+        if not state.contiguous():
             return original(pos_emb, seq_dim, cp_group)
         return narrow(pos_emb, seq_dim, cp_group.rank(), cp_group.size())
 

@@ -27,3 +27,11 @@ def set_config(config: SeqParConfig) -> None:
 def active() -> bool:
     """Whether the SP axis has more than one rank."""
     return _config.active
+
+
+def contiguous() -> bool:
+    """Whether ranks own one chunk each, where stock context parallelism gives them a pair.
+
+    With the zigzag token layout stock code cuts, numbers and rolls tokens as it always does.
+    """
+    return _config.active and _config.token_layout == "contiguous"

@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_seqpar.integration.refusals import RECOMPUTE_REFUSALS, REFUSALS, Refusal
+from megatron_seqpar.integration.refusals import REFUSALS, Refusal
+from megatron_seqpar.integration.refusals_by_setting import BY_SETTING
 
 
 def patch_point_table() -> str:
@@ -38,8 +39,9 @@ def rewrite(text: str) -> str:
     tables = {
         "patch-points": patch_point_table(),
         "refusals": refusal_table(REFUSALS),
-        "recompute-refusals": refusal_table(RECOMPUTE_REFUSALS),
     }
+    for setting, refused in BY_SETTING.items():
+        tables[f"{setting.replace('_', '-')}-refusals"] = refusal_table(refused)
     for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, found_begin, rest = text.partition(begin)

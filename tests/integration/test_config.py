@@ -32,6 +32,11 @@ def test_every_field_has_its_flag():
     assert flags == {
         "--sequence-parallel-size",
         "--seqpar-schedule",
+        "--seqpar-token-layout",
+        "--seqpar-mask",
+        "--seqpar-softcap",
+        "--seqpar-node-size",
+        "--seqpar-cluster",
         "--seqpar-kernel",
         "--seqpar-recompute",
         "--seqpar-no-overlap",
@@ -48,25 +53,53 @@ def test_flags_are_read():
     assert config.replaces_core_attention
 
 
-def test_naming_a_kernel_replaces_core_attention_on_one_rank():
-    config = parse("--seqpar-kernel", "cpu")
+def test_numbers_are_numbers():
+    config = parse("--seqpar-softcap", "30", "--sequence-parallel-size", "4")
+    assert config.softcap == 30.0
+    assert config.node_size is None
+    config = parse("--sequence-parallel-size", "4", "--seqpar-node-size", "2")
+    assert config.node_size == 2
+    assert SeqParConfig(softcap=30.0).replaces_core_attention
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--seqpar-kernel", "cpu"),
+        ("--seqpar-mask", "prefix:64"),
+        ("--seqpar-softcap", "50.0"),
+        ("--seqpar-recompute", "attention-output"),
+    ],
+)
+def test_what_only_our_attention_does_replaces_core_attention_on_one_rank(argv):
+    config = parse(*argv)
     assert not config.active
     assert config.replaces_core_attention
+    assert config.reason_without_axis == " ".join(argv)
 
 
 def test_help_has_a_group_of_its_own_with_the_choices():
     text = settings.add_arguments(argparse.ArgumentParser()).format_help()
     assert GROUP_TITLE in text
-    assert "{auto,balanced,ring}" in text
+    assert "{auto,balanced,zigzag,ring" in text
+    assert "{contiguous,zigzag}" in text
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced, ring"),
+        (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced"),
         (("--seqpar-recompute", "all"), "--seqpar-recompute all.*none"),
         (("--sequence-parallel-size", "two"), "--sequence-parallel-size two: not a number"),
         (("--sequence-parallel-size", "0"), "--sequence-parallel-size 0.*1 or more"),
+        (("--seqpar-token-layout", "spiral"), "--seqpar-token-layout spiral.*contiguous, zigzag"),
+        (("--seqpar-mask", "prefix:long"), "--seqpar-mask prefix:long.*prefix:LENGTH"),
+        (("--seqpar-mask", "window:-3"), "--seqpar-mask window:-3.*window:LEFT"),
+        (("--seqpar-softcap", "-1"), "--seqpar-softcap -1.0: the bound must be positive"),
+        (("--seqpar-softcap", "nan"), "--seqpar-softcap nan: the bound"),
+        (("--seqpar-softcap", "much"), "--seqpar-softcap much: not a number. Use .* 50.0"),
+        (("--seqpar-node-size", "2"), "--seqpar-node-size 2 with --sequence-parallel-size 1:"),
+        (("--seqpar-node-size", "all"), "--seqpar-node-size all: not a number. Use 1 or more"),
     ],
 )
 def test_wrong_values_name_the_flag_and_the_choices(argv, text):

@@ -11,8 +11,10 @@ import pytest
 from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import lengths, refusals, state
+from megatron_seqpar.integration.refusals_by_setting import BY_SETTING, refuse_by_setting
 
-ROWS = refusals.REFUSALS + refusals.RECOMPUTE_REFUSALS
+ROWS = tuple(refusals.REFUSALS)
+CONDITIONAL = [(name, row) for name, table in BY_SETTING.items() for row in table]
 WRONG = {
     "recompute_granularity": "full",
     "recompute_activations": True,
@@ -29,10 +31,9 @@ WRONG = {
     "perform_rl_step": True,
     "vision_pretraining": True,
     "attention_dropout": 0.1,
-    "softmax_type": "off-by-one",
     "qk_clip": True,
     "log_max_attention_logit": True,
-    "window_size": (128, 0),
+    "window_size": (128,),
     "position_embedding_type": "relative",
     "experimental_attention_variant": "dsa",
     "hybrid_layer_pattern": "M*MG",
@@ -63,7 +64,7 @@ RIGHT = {
     "rope_type": "rope",
     "context_parallel_size": 1,
     "attention_dropout": 0.0,
-    "softmax_type": "vanilla",
+    "window_size": (128, -1),
     "position_embedding_type": "rope",
     "hybrid_layer_pattern": "M*M-E",
     "cuda_graph_impl": "none",
@@ -73,12 +74,14 @@ RIGHT = {
 
 @pytest.fixture(autouse=True)
 def settings():
+    state.set_config(SeqParConfig(sequence_parallel_size=2))
     yield
     state.set_config(SeqParConfig())
 
 
 def test_every_row_has_a_case():
-    assert {row.attribute for row in ROWS} == WRONG.keys()
+    attributes = {row.attribute for row in ROWS} | {row.attribute for _, row in CONDITIONAL}
+    assert attributes == WRONG.keys()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.flag)
@@ -108,20 +111,40 @@ def test_unfused_rotary_embedding_of_latent_attention_is_fine():
     refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
 
 
+def test_fused_rotary_embedding_of_latent_attention_is_fine_in_the_order_it_assumes():
+    source = types.SimpleNamespace(
+        rope_type="yarn", multi_latent_attention=True, apply_rope_fusion=True
+    )
+    with pytest.raises(UnsupportedError, match="--rope-type yarn"):
+        refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+    state.set_config(SeqParConfig(sequence_parallel_size=2, token_layout="zigzag"))
+    refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+
+
 def test_all_reasons_are_told_at_once():
     source = types.SimpleNamespace(sft=True, attention_dropout=0.1)
     with pytest.raises(UnsupportedError, match=r"(?s)--sft.*--attention-dropout"):
         refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
 
 
-def test_our_recomputation_and_stock_recomputation_do_not_mix():
-    from megatron_seqpar.integration import arguments
+SETTINGS = {"recompute": "attention-output", "mask": "prefix:64", "token_layout": "zigzag"}
+"""A value of each setting with a table that is not its default."""
 
-    source = types.SimpleNamespace(recompute_granularity="full")
-    arguments.refuse_recompute(source, SeqParConfig(), refusals.ARGUMENTS)
-    config = SeqParConfig(recompute="attention-output")
-    with pytest.raises(UnsupportedError, match="--recompute-granularity full with --seqpar-rec"):
-        arguments.refuse_recompute(source, config, refusals.ARGUMENTS)
+
+@pytest.mark.parametrize(("setting", "row"), CONDITIONAL, ids=lambda it: getattr(it, "flag", it))
+def test_rows_of_a_setting_apply_with_it_only(setting, row):
+    value = WRONG[row.attribute]
+    source = types.SimpleNamespace(**{row.attribute: value})
+    refuse_by_setting(source, SeqParConfig(sequence_parallel_size=2), row.scopes[0])
+    asked = SeqParConfig(sequence_parallel_size=2, **{setting: SETTINGS[setting]})
+    with pytest.raises(UnsupportedError) as caught:
+        refuse_by_setting(source, asked, row.scopes[0])
+    text = str(caught.value)
+    assert text.startswith(f"{row.flag} {value} with --seqpar-")
+    assert SETTINGS[setting] in text
+    assert row.alternative in text
+    setattr(source, row.attribute, None)
+    refuse_by_setting(source, asked, row.scopes[0])
 
 
 def test_scopes_keep_apart_what_a_model_config_cannot_know():
@@ -143,9 +166,25 @@ def test_lengths_that_do_not_split(length, size, tensor, text):
         lengths.check_sequence_length(length, size, tensor)
 
 
-@pytest.mark.parametrize(("length", "size", "tensor"), [(255, 3, 1), (4, 4, 1), (264, 2, 4)])
-def test_lengths_that_split(length, size, tensor):
-    lengths.check_sequence_length(length, size, tensor)
+@pytest.mark.parametrize(
+    ("length", "size", "tensor", "text"),
+    [
+        (255, 3, 1, r"6 chunks, two a rank.*nearest lengths that work: 252 or 258"),
+        (258, 2, 4, "nearest lengths that work: 256 or 264"),
+        (6, 4, 1, "nearest lengths that work: 8"),
+    ],
+)
+def test_lengths_that_do_not_split_in_pairs(length, size, tensor, text):
+    with pytest.raises(UnsupportedError, match=text):
+        lengths.check_sequence_length(length, size, tensor, zigzag=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "tensor", "zigzag"),
+    [(255, 3, 1, False), (4, 4, 1, False), (264, 2, 4, False), (252, 3, 2, True), (36, 2, 3, True)],
+)
+def test_lengths_that_split(length, size, tensor, zigzag):
+    lengths.check_sequence_length(length, size, tensor, zigzag=zigzag)
 
 
 def test_world_size_is_refused_with_the_numbers():
@@ -183,6 +222,7 @@ def test_parsing_folds_the_axis_into_context_parallelism(monkeypatch):
 
 
 def test_parsing_without_the_flag_changes_no_stock_value(monkeypatch):
+    state.set_config(SeqParConfig())
     args = parser(monkeypatch, 8).parse_args(["--context-parallel-size", "2"])
     assert args.context_parallel_size == 2
     assert args.attention_dropout == 0.1

@@ -156,7 +156,7 @@ def test_stock_attention_cannot_be_built_behind_our_back(axis_of_two):
     ("options", "text"),
     [
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1"),
-        ({"window_size": (4, 0)}, "--window-size"),
+        ({"window_size": (4,)}, "--window-size"),
     ],
 )
 def test_model_configs_are_refused_without_a_command_line(axis_of_two, options, text):

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention schedule of a training run, built and told before the first step.
+
+Once Megatron's arguments are complete, everything that a schedule depends on is known but the ends
+of packed documents. Building it then finds settings that do not go together before anything is
+allocated, and says which schedule `auto` took. Core attention asks for the same schedule later and
+finds it in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_seqpar.attention import Mask, Schedule, build_schedule
+from megatron_seqpar.attention.layouts import TokenLayout
+from megatron_seqpar.config import SeqParConfig, as_typed
+from megatron_seqpar.errors import ScheduleError, UnsupportedError
+from megatron_seqpar.integration import lengths, masks, nodes
+
+
+def heads_of(args: Any) -> dict[str, Any]:
+    """Heads of one tensor-parallel rank and their sizes, as `build_schedule` takes them."""
+    tensor_parallel = args.tensor_model_parallel_size
+    query_heads = args.num_attention_heads // tensor_parallel
+    if getattr(args, "multi_latent_attention", False):
+        return {
+            "query_heads": query_heads,
+            "kv_heads": query_heads,
+            "head_dim": args.qk_head_dim + args.qk_pos_emb_head_dim,
+            "value_dim": args.v_head_dim,
+        }
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return {
+        "query_heads": query_heads,
+        "kv_heads": max(1, groups // tensor_parallel),  # fewer groups than ranks are repeated
+        "head_dim": args.kv_channels,
+        "value_dim": args.kv_channels,
+    }
+
+
+def layout_of(config: SeqParConfig, seq_length: int) -> TokenLayout:
+    """Which tokens each rank owns."""
+    size = config.sequence_parallel_size
+    if config.token_layout == "zigzag":
+        return TokenLayout.zigzag(size, seq_length)
+    return TokenLayout.contiguous(size, seq_length=seq_length)
+
+
+def schedules_of(args: Any, config: SeqParConfig) -> Iterator[tuple[Mask, Schedule]]:
+    """The schedule for each different mask of the model's layers.
+
+    args: Megatron's validated arguments.
+    Raises `UnsupportedError` when the asked schedule does not serve one of them.
+    """
+    seq_length = lengths.sequence_length(args)
+    if seq_length is None or not getattr(args, "num_attention_heads", None):
+        return
+    layout = layout_of(config, seq_length)
+    # the first axis of the job stands for all: they lie alike on the nodes
+    first = range(0, args.tensor_model_parallel_size * layout.size, args.tensor_model_parallel_size)
+    for mask in masks.of_model(args):
+        try:
+            schedule = build_schedule(
+                config.schedule,
+                layout=layout,
+                mask=mask,
+                node_size=nodes.of_axis(first, config),
+                dtype=args.params_dtype,
+                **heads_of(args),
+            )
+        except ScheduleError as error:
+            asked = ", ".join(as_typed(config, name) for name in ("schedule", "token_layout"))
+            raise UnsupportedError(
+                f"{asked} with --sequence-parallel-size {layout.size} and a {mask.name} mask: "
+                f"{error}"
+            ) from error
+        yield mask, schedule
+
+
+def describe(schedule: Schedule, asked: str, dtype: object, batch: int) -> str:
+    """One line: the schedule, what it is for and what it costs a layer.
+
+    asked: the value of `--seqpar-schedule`. batch: samples in a micro-batch.
+    """
+    problem, ranks = schedule.problem, range(schedule.size)
+    sent = sum(
+        schedule.bytes_sent(rank, direction, dtype, batch=batch)
+        for rank in ranks
+        for direction in ("forward", "backward")
+    )
+    chosen = f"{schedule.name} (chosen by auto)" if asked == "auto" else schedule.name
+    return (
+        f"seqpar: attention schedule {chosen} for {problem.mask.name} attention over "
+        f"{problem.seq_length} tokens on {schedule.size} ranks ({problem.query_heads} query and "
+        f"{problem.kv_heads} KV heads each): {100 * schedule.idle_fraction:.1f}% idle, "
+        f"{sent / schedule.size / 2**20:.3g} MiB sent per rank, layer and micro-batch"
+    )
+
+
+def check(args: Any, config: SeqParConfig) -> None:
+    """Build the run's schedules and print them on global rank 0.
+
+    Raises `UnsupportedError` as `schedules_of`.
+    """
+    for _, schedule in schedules_of(args, config):
+        if args.rank == 0:
+            line = describe(schedule, config.schedule, args.params_dtype, args.micro_batch_size)
+            print(line, flush=True)

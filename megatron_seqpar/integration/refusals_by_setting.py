@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not go together with one of our other settings, whatever the SP size.
+
+One table a setting; it applies when the setting is not at its default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_seqpar.config import SeqParConfig, as_typed, is_default
+from megatron_seqpar.integration.refusals import BOTH, Refusal, is_set, refuse
+
+RECOMPUTE_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--recompute-granularity",
+        "recompute_granularity",
+        is_set,
+        "both would checkpoint the same layers",
+        "Drop one of the two",
+        BOTH,
+    ),
+    Refusal(
+        "--recompute-activations",
+        "recompute_activations",
+        is_set,
+        "both would checkpoint the same layers",
+        "Drop one of the two",
+    ),
+    Refusal(
+        "--fp8-format",
+        "fp8",
+        is_set,
+        "repeating a layer in FP8 needs Transformer Engine's own checkpointing",
+        "Use --recompute-granularity",
+        BOTH,
+    ),
+    Refusal(
+        "--fp4-format",
+        "fp4",
+        is_set,
+        "repeating a layer in FP4 needs Transformer Engine's own checkpointing",
+        "Use --recompute-granularity",
+        BOTH,
+    ),
+    Refusal(
+        "--cpu-offloading-num-layers",
+        "cpu_offloading_num_layers",
+        is_set,
+        "offloading hooks the tensors that a checkpointed layer does not save",
+        "Drop one of the two",
+        BOTH,
+    ),
+)
+
+MASK_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--window-size",
+        "window_size",
+        is_set,
+        "both say which tokens the layers' attention sees",
+        "Drop one of the two; --seqpar-mask window:LEFT,RIGHT,SINKS is a window in every layer",
+        BOTH,
+    ),
+)
+
+ZIGZAG_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--sft",
+        "sft",
+        is_set,
+        "packed samples are cut into contiguous chunks only",
+        "Use --seqpar-token-layout contiguous",
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking",
+        "dataloader_inter_document_masking",
+        is_set,
+        "packed documents are cut into contiguous chunks only",
+        "Use --seqpar-token-layout contiguous",
+    ),
+    Refusal(
+        "--reset-attention-mask",
+        "reset_attention_mask",
+        is_set,
+        "packed documents are cut into contiguous chunks only",
+        "Use --seqpar-token-layout contiguous",
+    ),
+)
+
+BY_SETTING: dict[str, tuple[Refusal, ...]] = {
+    "recompute": RECOMPUTE_REFUSALS,
+    "mask": MASK_REFUSALS,
+    "token_layout": ZIGZAG_REFUSALS,
+}
+"""Field of `SeqParConfig` -> its table."""
+
+
+def refuse_by_setting(source: Any, config: SeqParConfig, scope: str) -> None:
+    """Refuse what does not go together with the settings. Raises `UnsupportedError`."""
+    for name, table in BY_SETTING.items():
+        if not is_default(config, name):
+            refuse(source, as_typed(config, name), scope, table=table)

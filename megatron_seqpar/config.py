@@ -136,6 +136,20 @@ class SeqParConfig:
         "JSON file.",
         metavar="FILE.json",
     )
+    trace: str | None = _flag(
+        None,
+        "--seqpar-trace",
+        "Write what every rank does in a training step, tile by tile and transfer by transfer, to "
+        "files in this folder that https://ui.perfetto.dev opens.",
+        metavar="DIR",
+    )
+    trace_steps: str = _flag(
+        "3",
+        "--seqpar-trace-steps",
+        "Which steps --seqpar-trace traces, counted from 1: numbers and ranges, such as 3 or "
+        "3,10-12.",
+        metavar="N[-M],...",
+    )
 
     def __post_init__(self) -> None:
         if self.sequence_parallel_size < 1:
@@ -167,6 +181,24 @@ class SeqParConfig:
                     f"{field.metadata['flag']} {value}: unknown value. Use one of: "
                     f"{', '.join(choices)}."
                 )
+        self.traced(1)  # checks the ranges
+
+    def traced(self, step: int) -> bool:
+        """Whether `trace_steps` names a step; steps count from 1."""
+        named = False
+        for part in self.trace_steps.split(","):
+            first, dash, last = part.strip().partition("-")
+            try:
+                low, high = int(first), int(last if dash else first)
+            except ValueError:
+                low, high = 1, 0
+            if not 1 <= low <= high:
+                raise UnsupportedError(
+                    f"--seqpar-trace-steps {self.trace_steps}: {part!r} is neither a step nor a "
+                    "range of steps. Steps count from 1: use 3, 3-5 or 3,10-12."
+                )
+            named = named or low <= step <= high
+        return named
 
     @property
     def active(self) -> bool:

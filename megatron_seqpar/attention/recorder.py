@@ -192,12 +192,15 @@ class Event:
 class TimedRecorder(_Spans):
     """Keeps every span; for one step, or as long as memory allows.
 
-    With `nvtx`, spans are also NVTX ranges, which NVIDIA's profilers show (CUDA only).
+    With `nvtx`, spans are also NVTX ranges, which NVIDIA's profilers show (CUDA only). A `meter`
+    for the same device goes on summing meanwhile.
     """
 
-    def __init__(self, clock: Clock | None = None, *, nvtx: bool = False) -> None:
+    def __init__(
+        self, clock: Clock | None = None, *, nvtx: bool = False, meter: Meter | None = None
+    ) -> None:
         super().__init__(clock)
-        self.nvtx = nvtx
+        self.nvtx, self.meter = nvtx, meter
         self._marked: list[tuple[str, Any, Any, dict[str, Any]]] = []
 
     def span(self, name: str, **details: Any) -> AbstractContextManager[Any]:
@@ -206,6 +209,8 @@ class TimedRecorder(_Spans):
 
     def close(self, name: str, begin: Any, end: Any, details: dict[str, Any]) -> None:
         self._marked.append((name, begin, end, details))
+        if self.meter is not None:
+            self.meter.close(name, begin, end, details)
 
     def add(self, name: str, begin: Any, end: Any, **details: Any) -> None:
         """Keep a span that was marked elsewhere; begin and end are marks of `clock`."""

@@ -73,6 +73,15 @@ def fold(args: Any) -> None:
         from megatron_seqpar.integration import report
 
         report.install(config.report)
+    if getattr(args, "tensorboard_dir", None) and config.replaces_core_attention:
+        from megatron_seqpar.integration import tensorboard
+
+        tensorboard.install()
+    if config.trace is not None:
+        # last, so that writing the trace is in nobody else's times
+        from megatron_seqpar.integration import trace
+
+        trace.install(config.trace, config.traced)
 
 
 def context(config: SeqParConfig) -> str:

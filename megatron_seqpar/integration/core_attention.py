@@ -22,7 +22,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_seqpar.attention import dist_flash_attention
 from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, axis, masks, recompute, refusals, state
+from megatron_seqpar.integration import (
+    arguments,
+    axis,
+    masks,
+    measure,
+    recompute,
+    refusals,
+    state,
+)
 from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 
@@ -156,12 +164,15 @@ class SeqParCoreAttention(MegatronModule):
                 f"{key.shape[0]} keys for {query.shape[0]} queries with {context}: generation "
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
+        transport, recorder = measure.current().attention(
+            self._transport, query.device, self.layer_number
+        )
         compute = functools.partial(
             dist_flash_attention,
             query,
             key,
             value,
-            group=self._transport,
+            group=transport,
             mask=self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type),
             schedule=settings.schedule,
             node_size=self._node_size,
@@ -174,6 +185,7 @@ class SeqParCoreAttention(MegatronModule):
             deterministic=bool(self.config.deterministic_mode),
             return_lse=True,
             overlap=settings.overlap,
+            recorder=recorder,
             seq_length=query.shape[0] * self._transport.size,  # chunks are equal in training
         )
         keepsake = recompute.current()

@@ -16,6 +16,7 @@ from megatron_seqpar.integration import (
     roll,
     rotary,
     spec,
+    steps,
 )
 from megatron_seqpar.integration.patching import PatchPoint
 
@@ -147,5 +148,31 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         _ALL,
         "refuses a stock core attention while the axis is active",
         optional=True,
+    ),
+    PatchPoint(
+        "megatron.training.training.train",
+        steps.wrap_train,
+        _ALL,
+        "the report is written when training ends, if asked for",
+        optional=True,
+    ),
+    PatchPoint(
+        "megatron.training.training.train_step",
+        steps.wrap_train_step,
+        _ALL,
+        "the report, the trace and the TensorBoard scalars measure each step, if asked for",
+        optional=True,
+    ),
+    PatchPoint(
+        "megatron.core.pipeline_parallel.schedules.forward_step",
+        steps.wrap_forward_step,
+        _ALL,
+        "the trace marks micro-batches, if asked for",
+    ),
+    PatchPoint(
+        "megatron.core.pipeline_parallel.schedules.backward_step",
+        steps.wrap_backward_step,
+        _ALL,
+        "the trace marks micro-batches, if asked for",
     ),
 )

@@ -31,8 +31,8 @@ from megatron.training.training import num_floating_point_operations
 import megatron_seqpar
 from megatron_seqpar import cpu_runtime
 from megatron_seqpar.errors import SeqParError
-from megatron_seqpar.integration import axis
-from megatron_seqpar.integration.patching import Patcher, PatchPoint
+from megatron_seqpar.integration import axis, measure
+from megatron_seqpar.integration import steps as training_steps
 from megatron_seqpar.telemetry.memory import memory_use
 from megatron_seqpar.telemetry.traffic import Traffic, TrafficMeter
 
@@ -53,6 +53,9 @@ class Step:
     tokens: int
     skipped: bool
     bytes_sent: int
+    attention_wait_seconds: float
+    attention_compute_seconds: float
+    attention_bytes_sent: int
 
 
 @dataclass
@@ -69,13 +72,14 @@ class _Recorder:
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
             tokens = _tokens_per_step()
-            sent_before = self.traffic.bytes
+            sent_before, attention_before = self.traffic.bytes, measure.current().totals()
             _synchronize()
             start = time.perf_counter()
             with self.traffic.running():
                 result = original(*args, **kwargs)
                 _synchronize()
             seconds = time.perf_counter() - start
+            attention = measure.totals_since(attention_before)
             losses, skipped, grad_norm = result[0], result[1], result[5]
             iteration = kwargs.get("iteration")
             self.steps.append(
@@ -87,6 +91,9 @@ class _Recorder:
                     tokens=tokens,
                     skipped=bool(skipped),
                     bytes_sent=self.traffic.bytes - sent_before,
+                    attention_wait_seconds=attention["attention_wait_seconds"],
+                    attention_compute_seconds=attention["attention_compute_seconds"],
+                    attention_bytes_sent=int(attention["attention_bytes_sent"]),
                 )
             )
             if _speaks_for_the_batch():
@@ -132,7 +139,7 @@ class _Recorder:
             print(summary(report, self.path), flush=True)
 
 
-_patcher: Patcher | None = None
+_installed: _Recorder | None = None
 
 
 def install(path: str | os.PathLike[str]) -> None:
@@ -140,8 +147,8 @@ def install(path: str | os.PathLike[str]) -> None:
 
     Raises SeqParError when the folder of `path` cannot be written to.
     """
-    global _patcher
-    if _patcher is not None:
+    global _installed
+    if _installed is not None:
         return
     target = Path(path)
     try:
@@ -150,45 +157,45 @@ def install(path: str | os.PathLike[str]) -> None:
         raise SeqParError(f"--seqpar-report {target}: {error}") from error
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise SeqParError(f"--seqpar-report {target}: not a file that can be written")
-    recorder = _Recorder(target, start_memory=memory_use().now)
-    why = "the report records each step"
-    module = "megatron.training.training"
-    patcher = Patcher(
-        [
-            PatchPoint(f"{module}.train_step", recorder.train_step, ("0.19",), why),
-            PatchPoint(f"{module}.train", recorder.train, ("0.19",), why),
-        ],
-        package_info.__version__,
-    )
-    patcher.apply()
-    _patcher = patcher
+    _installed = _Recorder(target, start_memory=memory_use().now)
+    measure.current().wanted = True
+    training_steps.around("train_step", _installed.train_step)
+    training_steps.around("train", _installed.train)
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    global _patcher
-    if _patcher is not None:
-        _patcher.undo()
-        _patcher = None
+    global _installed
+    if _installed is not None:
+        training_steps.remove("train_step", _installed.train_step)
+        training_steps.remove("train", _installed.train)
+        _installed = None
 
 
 def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of the gathered records of all ranks, as plain values.
 
-    Reads Megatron's arguments and parallel state. Seconds of a step are those of the slowest rank,
-    tokens those of the whole batch, bytes the sum over ranks.
+    Reads Megatron's arguments and parallel state. Seconds of a step are those of the slowest rank
+    (those of waiting and computing, of the rank with most), tokens those of the whole batch, bytes
+    the sum over ranks.
     """
     args = get_args()
     steps = []
     for seen in zip(*(record["steps"] for record in ranks), strict=True):
         known = [step for step in seen if step["loss"] is not None]
         merged = dict((known or seen)[0])
-        merged["seconds"] = max(step["seconds"] for step in seen)
-        merged["bytes_sent"] = sum(step["bytes_sent"] for step in seen)
+        for name in ("seconds", "attention_wait_seconds", "attention_compute_seconds"):
+            merged[name] = max(step[name] for step in seen)
+        for name in ("bytes_sent", "attention_bytes_sent"):
+            merged[name] = sum(step[name] for step in seen)
         steps.append(merged)
     timed = steps[UNTIMED_STEPS:]
     seconds = statistics.median(step["seconds"] for step in timed) if timed else None
     bytes_per_step = statistics.median(step["bytes_sent"] for step in timed) if timed else None
+    waited, computed = (
+        statistics.median(step[name] for step in timed) if timed else None
+        for name in ("attention_wait_seconds", "attention_compute_seconds")
+    )
     return {
         "format": FORMAT,
         "versions": _versions(),
@@ -226,6 +233,8 @@ def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             "floating_point_operations_per_step": num_floating_point_operations(
                 args, args.global_batch_size
             ),
+            "attention_wait_seconds_per_step": waited,
+            "attention_compute_seconds_per_step": computed,
             "peak_memory_bytes": max(record["peak_memory_bytes"] for record in ranks),
             "bytes_sent_per_rank_and_step": (
                 None if bytes_per_step is None else bytes_per_step / len(ranks)
@@ -275,6 +284,11 @@ def summary(report: dict[str, Any], path: Path) -> str:
         lines.append(
             f"  sent            {numbers['bytes_sent_per_rank_and_step'] / 2**20:,.2f} MiB "
             "a rank and step"
+        )
+    if numbers["attention_compute_seconds_per_step"]:
+        lines.append(
+            f"  attention       {numbers['attention_compute_seconds_per_step']:.3f} s computing, "
+            f"{numbers['attention_wait_seconds_per_step']:.3f} s waiting a step"
         )
     lines.append(
         f"  peak memory     {numbers['peak_memory_bytes'] / 2**20:,.0f} MiB on the fullest rank "

@@ -105,6 +105,16 @@ def test_meter_sums_by_name():
     assert 10.006 <= seconds["wait"] < 11
 
 
+def test_a_meter_goes_on_while_events_are_kept():
+    meter = Meter()
+    recorder = TimedRecorder(meter=meter)
+    pretend_step(recorder)
+    pretend_step(meter)
+    kept = {event.name: event.seconds for event in recorder.events()}
+    for name, seconds in meter.seconds().items():
+        assert kept[name] < seconds < kept[name] + 0.5
+
+
 def test_meter_never_waits_for_the_device_and_holds_a_bounded_number_of_marks():
     clock = LaterClock()
     meter = Meter(clock)

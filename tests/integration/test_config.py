@@ -41,6 +41,8 @@ def test_every_field_has_its_flag():
         "--seqpar-recompute",
         "--seqpar-no-overlap",
         "--seqpar-report",
+        "--seqpar-trace",
+        "--seqpar-trace-steps",
     }
 
 
@@ -90,6 +92,9 @@ def test_help_has_a_group_of_its_own_with_the_choices():
     [
         (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced"),
         (("--seqpar-recompute", "all"), "--seqpar-recompute all.*none"),
+        (("--seqpar-trace-steps", "3,x"), "--seqpar-trace-steps 3,x: 'x' is neither.*use 3, 3-5"),
+        (("--seqpar-trace-steps", "5-3"), "'5-3' is neither"),
+        (("--seqpar-trace-steps", "0"), "'0' is neither"),
         (("--sequence-parallel-size", "two"), "--sequence-parallel-size two: not a number"),
         (("--sequence-parallel-size", "0"), "--sequence-parallel-size 0.*1 or more"),
         (("--seqpar-token-layout", "spiral"), "--seqpar-token-layout spiral.*contiguous, zigzag"),
@@ -105,6 +110,11 @@ def test_help_has_a_group_of_its_own_with_the_choices():
 def test_wrong_values_name_the_flag_and_the_choices(argv, text):
     with pytest.raises(UnsupportedError, match=text):
         parse(*argv)
+
+
+def test_traced_steps():
+    config = parse("--seqpar-trace-steps", "3, 10-12")
+    assert [step for step in range(1, 20) if config.traced(step)] == [3, 10, 11, 12]
 
 
 def test_choices_of_schedules_are_those_that_exist():

@@ -57,7 +57,8 @@ def one_rank_with_sink(
     assert q.grad is not None
     assert k.grad is not None
     assert v.grad is not None
-    return Attention(out.detach(), lse, q.grad, k.grad, v.grad, None if sink is None else sink.grad)
+    part = Attention(out.detach(), lse, q.grad, k.grad, v.grad)
+    return part, None if sink is None else sink.grad
 
 
 def join(parts: list[Attention], layout: TokenLayout) -> Attention:

@@ -6,9 +6,11 @@ with, and the set-up scripts install exactly that.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -20,6 +22,19 @@ def version() -> str:
     if found is None:
         raise RuntimeError("megatron_seqpar/__init__.py states no __version__")
     return found.group(1)
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/clusters into the package, where an installed simulator looks for it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "megatron_seqpar" / "configs" / "clusters"
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted((HERE / "configs" / "clusters").glob("*.yaml")):
+            shutil.copyfile(path, target / path.name)
 
 
 PLOT = ["matplotlib", "tensorboard"]
@@ -48,6 +63,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
         "flash": ["flash-attn>=2.7,<2.9"],
+        "gpu": ["nvidia-ml-py"],
         "plot": PLOT,
         "dev": [
             *PLOT,
@@ -61,5 +77,6 @@ setup(
             "types-PyYAML",
         ],
     },
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["megatron-seqpar = megatron_seqpar.cli:main"]},
 )

@@ -16,3 +16,7 @@ class ScheduleError(SeqParError, ValueError):
 
 class KernelError(SeqParError, RuntimeError):
     """An attention kernel that was asked for by name but cannot serve the call."""
+
+
+class ClusterError(SeqParError, ValueError):
+    """A cluster description that is missing or wrong: names the file, the field and its value."""

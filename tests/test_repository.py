@@ -33,10 +33,18 @@ TEXT = sorted(
 )
 
 
-def imports(path: Path, code: str | None = None) -> Iterator[str]:
-    """Dotted names that a file (or `code` in its place) imports, relative ones resolved."""
+def imports(path: Path, code: str | None = None, *, typing: bool = True) -> Iterator[str]:
+    """Dotted names that a file (or `code` in its place) imports, relative ones resolved.
+
+    Without `typing`, those that only type checkers see are left out.
+    """
     package = list(path.relative_to(REPOSITORY).with_suffix("").parts)[:-1]
-    for node in ast.walk(ast.parse(code or path.read_text(encoding="utf-8"))):
+    tree = ast.parse(code or path.read_text(encoding="utf-8"))
+    if not typing:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in TYPING_TESTS:
+                node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,6 +52,9 @@ def imports(path: Path, code: str | None = None) -> Iterator[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+TYPING_TESTS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def room_of(path: Path) -> str:
@@ -56,12 +67,24 @@ FORBIDDEN = {
     "attention": ("megatron", "memory", "planner", "integration", "launcher", "cpu_runtime"),
     "memory": ("megatron", "attention", "planner", "integration", "launcher", "cpu_runtime"),
     "planner": ("megatron", "torch", "attention", "memory", "integration", "launcher"),
+    "simulate": (
+        "megatron",
+        "torch",
+        "attention",
+        "memory",
+        "integration",
+        "launcher",
+        "cpu_runtime",
+        "commands",
+    ),
     "telemetry": ("megatron", "integration", "launcher", "attention", "memory"),
     "cpu_runtime": ("integration", "launcher", "attention", "memory", "planner"),
     "errors": ("megatron", "torch", "integration"),
     "config": ("megatron", "torch", "integration"),
     "data": ("integration", "launcher", "attention", "memory"),
 }
+# room: whose types it may name, under TYPE_CHECKING alone
+MAY_NAME_TYPES_OF = {"simulate": ("attention",)}
 MAY_IMPORT_INTEGRATION = {"integration", "cli", "launcher"}
 
 
@@ -78,8 +101,8 @@ def test_doors(room: str) -> None:
         f"{path.relative_to(REPOSITORY)} imports {name}"
         for path in CODE
         if PACKAGE in path.parents and room_of(path) == room
-        for name in imports(path)
         for forbidden in FORBIDDEN[room]
+        for name in imports(path, typing=forbidden not in MAY_NAME_TYPES_OF.get(room, ()))
         if breaches(name, forbidden)
     ]
     assert found == []
@@ -101,6 +124,33 @@ def test_imports_are_seen_in_every_form() -> None:
     names = list(imports(PACKAGE / "attention" / "example.py", code))
     assert any(breaches(name, "integration") for name in names)
     assert any(breaches(name, "megatron") for name in names)
+
+
+def test_imports_for_type_checkers_are_told_from_others() -> None:
+    code = (
+        "if TYPE_CHECKING:\n    from ..attention import x\n"
+        "else:\n    import torch\n"
+        "from ..memory import y\n"
+    )
+    path = PACKAGE / "simulate" / "example.py"
+    for typing in (True, False):
+        names = list(imports(path, code, typing=typing))
+        assert any(breaches(name, "attention") for name in names) == typing
+        assert any(breaches(name, "torch") for name in names)
+        assert any(breaches(name, "memory") for name in names)
+
+
+def test_simulating_needs_no_torch_and_no_attention() -> None:
+    check = (
+        "import sys, megatron_seqpar.simulate as s, megatron_seqpar.simulate.topology\n"
+        "import megatron_seqpar.simulate.plot, megatron_seqpar.simulate.perfetto\n"
+        "import megatron_seqpar.simulate.calibrate\n"
+        "s.load_cluster('laptop')\n"
+        "rooms = ('torch', 'numpy', 'matplotlib', 'megatron', 'megatron_seqpar.attention')\n"
+        "print([m for m in rooms if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

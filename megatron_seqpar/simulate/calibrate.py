@@ -156,7 +156,7 @@ def fit_link(rows: Sequence[LinkRow], link: Link, source: str) -> Link:
         raise ClusterError("fit_link: seconds do not grow with bytes; give longer messages")
     figure = _figure(source)
     if per_byte < 1:  # faster than the line rate the file had
-        rate = replace(link.line_rate, value=link.line_rate.value / per_byte)
+        rate = figure(link.line_rate.value / per_byte)
         return replace(link, line_rate=rate, share=figure(1.0), latency=figure(latency))
     return replace(link, share=figure(1 / per_byte), latency=figure(latency))
 

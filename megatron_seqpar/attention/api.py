@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UnsupportedError
+from ..simulate import Cluster
 from . import kernels
 from .execute import Execution
 from .layouts import TokenLayout, even_lengths
@@ -90,6 +91,7 @@ def dist_flash_attention(
     seq_length: int | None = None,
     lengths: tuple[int, ...] | None = None,
     node_size: int | None = None,
+    cluster: Cluster | None = None,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
     recorder: Recorder = SILENT,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +127,8 @@ def dist_flash_attention(
             call, whatever those are: one small collective that the CPU waits for. Training loops
             know the length and should say it.
         node_size: ranks that share a node's fast links, consecutive group ranks; default: all.
+        cluster: what "auto" reckons with (`megatron_seqpar.simulate`), the same on every rank; None
+            for a stand-in by device type.
         known: (out, lse) of the same call made before, to replay it without computing or sending.
         recorder: told what the executor does when (`recorder.py`).
 
@@ -164,6 +168,9 @@ def dist_flash_attention(
         value_dim=v.shape[3],
         node_size=node_size,
         dtype=q.dtype,
+        device=q.device.type,
+        batch=q.shape[0],
+        cluster=cluster,
     )
     _, chosen = kernels.select(
         kernel,

@@ -366,9 +366,8 @@ def as_mask(mask: Mask | str) -> Mask:
 
 
 def _named(name: str, numbers: Sequence[int]) -> Mask | None:
-    if name in ("causal", "full"):
-        plain = {"causal": Causal, "full": Full}[name]
-        return plain(*numbers)
+    if name in ("causal", "full") and not numbers:
+        return Causal() if name == "causal" else Full()
     if name == "window":
         return SlidingWindow(*numbers)
     if name == "prefix":

@@ -133,9 +133,13 @@ def test_plots_of_odd_sizes(tmp_path: Path, options: tuple[str, ...]) -> None:
         (("--size", "0", "--seq-length", "7"), "needs at least one rank"),
         (("--size", "2", "--lengths", "7,x"), "--lengths 7,x: give whole numbers"),
         (("--size", "2", "--lengths", "7"), "lengths has 1 entries but size=2"),
-        ((*ISSUE, "--schedule", "spiral"), "'spiral' is unknown; use one of auto, balanced, ring"),
-        ((*ISSUE, "--mask", "sliding"), "--mask sliding: use one of causal, full"),
+        ((*ISSUE, "--schedule", "spiral"), "'spiral' is unknown; use one of auto, balanced, z"),
+        ((*ISSUE, "--mask", "sliding"), "mask='sliding' is unknown; use one of causal, full"),
         ((*ISSUE, "--dtype", "int8"), "dtype=int8: use one of"),
+        ((*ISSUE, "--token-layout", "striped"), "--token-layout striped: use contiguous or zigzag"),
+        ((*ISSUE, "--node-size", "3"), "--node-size 3: does not divide --size"),
+        ((*ISSUE, "--explain", "--objective", "luck"), "objective='luck': use one of time, bytes"),
+        ((*ISSUE, "--cluster", "abacus"), "cluster abacus: unknown; use one of dgx-a100"),
         ((*ISSUE, "--kv-heads", "5"), "query_heads=32 is not a multiple of kv_heads=5"),
         (
             (*ISSUE, "--plot", "no/such/folder/s.png"),
@@ -165,3 +169,37 @@ def test_names_of_tiles() -> None:
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_explain_prints_every_candidate_and_why() -> None:
+    options = ["--size", "8", "--seq-length", "32768", "--heads", "33", "--schedule", "auto"]
+    result = CliRunner().invoke(
+        app, ["schedule", *options, "--explain", "--cluster", "dgx-a100-100g", "--node-size", "4"]
+    )
+    assert result.exit_code == 0, result.output
+    for name in ("balanced", "zigzag", "ring", "ulysses", "solver", "allgather+zigzag"):
+        assert name in result.output
+    assert "on dgx-a100-100g, predicted" in result.output
+    assert "auto (least time) takes" in result.output
+
+
+def test_explain_by_bytes_needs_no_cluster() -> None:
+    result = CliRunner().invoke(
+        app, ["schedule", *ISSUE, "--schedule", "auto", "--objective", "bytes", "--json"]
+    )
+    auto = json.loads(result.stdout)["auto"]
+    assert auto["cluster"] is None
+    sent = [c["bytes_total"] for c in auto["candidates"] if c["refusal"] is None]
+    assert sent == sorted(sent)
+    assert len(sent) >= 6
+    assert any("needs several nodes" in (c["refusal"] or "") for c in auto["candidates"])
+
+
+def test_a_replay_is_drawn_and_traced(tmp_path: Path) -> None:
+    picture, trace = tmp_path / "t.png", tmp_path / "t.json"
+    result = CliRunner().invoke(
+        app, ["schedule", *ISSUE, "--timeline", str(picture), "--trace", str(trace)]
+    )
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(trace.read_text())["traceEvents"]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `auto` chose from what, as a table for people and as a dictionary for programs."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_seqpar.attention.schedules import Choice
+from megatron_seqpar.attention.schedules.auto import Candidate
+
+from .schedule_report import human_bytes
+
+
+def print_choice(choice: Choice, *, everything: bool) -> None:
+    """Print why, and with `everything` the table of all candidates."""
+    # a pipe wraps nothing
+    console = Console(width=max(110, shutil.get_terminal_size((110, 24)).columns))
+    if everything:
+        console.print(_table(choice))
+    goal = "least time" if choice.objective == "time" else "fewest bytes"
+    console.print(f"auto ({goal}) takes {choice.why()}", highlight=False, style="bold")
+
+
+def _table(choice: Choice) -> Table:
+    timed = choice.cluster is not None
+    where = "" if choice.cluster is None else f" on {choice.cluster.name}, predicted"
+    table = Table(title=f"candidates of auto, forward and backward of one call{where}")
+    headers = ["schedule", "idle, steps", "sent, mean", "sent, busiest"]
+    headers += ["time", "of best", "not computing", "exposed transfers"] if timed else ["of best"]
+    for header in headers:
+        left = header == "schedule"
+        table.add_column(header, justify="left" if left else "right", no_wrap=left)
+    best = choice.candidates[0]
+    for candidate in choice.candidates:
+        if candidate.schedule is not None:
+            table.add_row(*_cells(candidate, best), style="bold" if candidate is best else "")
+    for candidate in choice.candidates:
+        if candidate.schedule is None:
+            table.add_row(candidate.name, "does not serve this", style="dim")
+    return table
+
+
+def _cells(candidate: Candidate, best: Candidate) -> list[str]:
+    schedule = candidate.schedule
+    assert schedule is not None
+    cells = [
+        candidate.name,
+        f"{100 * schedule.idle_fraction:.1f}%",
+        human_bytes(candidate.bytes_total / schedule.size),
+        human_bytes(candidate.bytes_busiest),
+    ]
+    predicted = candidate.prediction
+    if predicted is None or best.prediction is None:
+        return [*cells, f"{candidate.bytes_total / max(1, best.bytes_total):.2f}"]
+    return [
+        *cells,
+        f"{predicted.total_s * 1e3:.3g} ms",
+        f"{predicted.total_s / best.prediction.total_s:.2f}",
+        f"{100 * predicted.idle_fraction:.1f}%",
+        f"{100 * predicted.exposed_share:.1f}%",
+    ]
+
+
+def choice_as_dict(choice: Choice) -> dict[str, Any]:
+    """All candidates, the best first; bytes and seconds of both passes."""
+    return {
+        "objective": choice.objective,
+        "cluster": None if choice.cluster is None else choice.cluster.name,
+        "why": choice.why(),
+        "candidates": [
+            {
+                "schedule": candidate.name,
+                "refusal": candidate.refusal or None,
+                "idle_fraction": candidate.schedule and candidate.schedule.idle_fraction,
+                "bytes_total": candidate.bytes_total,
+                "bytes_busiest": candidate.bytes_busiest,
+                "seconds": candidate.prediction and candidate.prediction.total_s,
+                "exposed_share": candidate.prediction and candidate.prediction.exposed_share,
+            }
+            for candidate in choice.candidates
+        ],
+    }

@@ -16,7 +16,7 @@ from megatron_seqpar.attention import Mask, Schedule, build_schedule
 from megatron_seqpar.attention.layouts import TokenLayout
 from megatron_seqpar.config import SeqParConfig, as_typed
 from megatron_seqpar.errors import ScheduleError, UnsupportedError
-from megatron_seqpar.integration import lengths, masks, nodes
+from megatron_seqpar.integration import documents, lengths, masks, nodes
 
 
 def heads_of(args: Any) -> dict[str, Any]:
@@ -50,7 +50,8 @@ def layout_of(config: SeqParConfig, seq_length: int) -> TokenLayout:
 def schedules_of(args: Any, config: SeqParConfig) -> Iterator[tuple[Mask, Schedule]]:
     """The schedule for each different mask of the model's layers.
 
-    args: Megatron's validated arguments.
+    args: Megatron's validated arguments. With documents, whose ends only the data tells, a
+        schedule is built for two halves as well, to find out whether the asked one serves them.
     Raises `UnsupportedError` when the asked schedule does not serve one of them.
     """
     seq_length = lengths.sequence_length(args)
@@ -60,15 +61,21 @@ def schedules_of(args: Any, config: SeqParConfig) -> Iterator[tuple[Mask, Schedu
     # the first axis of the job stands for all: they lie alike on the nodes
     first = range(0, args.tensor_model_parallel_size * layout.size, args.tensor_model_parallel_size)
     for mask in masks.of_model(args):
+        halves = [mask]
+        if documents.expected(args):
+            halves.append(documents.within(mask, (0, seq_length // 2, seq_length), seq_length))
         try:
-            schedule = build_schedule(
-                config.schedule,
-                layout=layout,
-                mask=mask,
-                node_size=nodes.of_axis(first, config),
-                dtype=args.params_dtype,
-                **heads_of(args),
-            )
+            schedule, *_ = [
+                build_schedule(
+                    config.schedule,
+                    layout=layout,
+                    mask=each,
+                    node_size=nodes.of_axis(first, config),
+                    dtype=args.params_dtype,
+                    **heads_of(args),
+                )
+                for each in halves
+            ]
         except ScheduleError as error:
             asked = ", ".join(as_typed(config, name) for name in ("schedule", "token_layout"))
             raise UnsupportedError(
@@ -107,3 +114,5 @@ def check(args: Any, config: SeqParConfig) -> None:
         if args.rank == 0:
             line = describe(schedule, config.schedule, args.params_dtype, args.micro_batch_size)
             print(line, flush=True)
+    if documents.expected(args) and args.rank == 0:
+        print("seqpar: documents get a schedule of their own in every micro-batch", flush=True)

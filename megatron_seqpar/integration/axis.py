@@ -41,6 +41,7 @@ class Axis:
     transport: the one transport that every attention layer of this process sends through, so
         that its counters cover the whole step; None when size is 1.
     node_size: consecutive ranks of the axis that share a node.
+    cluster: what the `auto` schedule reckons with, the same on every rank; None when size is 1.
     """
 
     group: dist.ProcessGroup | None
@@ -48,6 +49,7 @@ class Axis:
     rank: int
     transport: Any
     node_size: int = 1
+    cluster: Any = None
 
     @property
     def size(self) -> int:
@@ -168,14 +170,27 @@ def build(groups: Sequence[Sequence[int]], timeout_minutes: float) -> Axis:
     dist.all_reduce(torch.zeros(1, device=_communication_device(mine)), group=mine)
     from megatron_seqpar.attention.transport import ProcessGroupTransport
 
+    node_size = nodes.of_axis(global_ranks, state.config())
     _axis = Axis(
         mine,
         global_ranks,
         dist.get_rank(mine),
         ProcessGroupTransport(mine),
-        nodes.of_axis(global_ranks, state.config()),
+        node_size,
+        _shared_cluster(mine, node_size),
     )
     return _axis
+
+
+def _shared_cluster(group: dist.ProcessGroup, node_size: int) -> Any:
+    """The cluster as the first rank of the axis sees it, on every rank of the axis."""
+    cluster = nodes.cluster_of(state.config(), node_size)
+    if dist.get_backend(group) == "fake":  # one process stands for all; nothing arrives
+        return cluster
+    told = [cluster]
+    first = dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(told, src=first, group=group, device=_communication_device(group))
+    return told[0]
 
 
 @contextlib.contextmanager

@@ -19,21 +19,27 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_seqpar.attention import Mask, dist_flash_attention
+from megatron_seqpar.attention import dist_flash_attention, kernels
 from megatron_seqpar.attention.transport import LocalTransport, Transport
-from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.config import as_typed, is_default
+from megatron_seqpar.errors import KernelError, UnsupportedError
 from megatron_seqpar.integration import (
     arguments,
     axis,
-    documents,
     masks,
     measure,
-    packed,
     recompute,
     refusals,
     state,
 )
 from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
+
+
+def _home() -> torch.device:
+    """Where parameters live: as Megatron's layers have it, this process's GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 class SeqParCoreAttention(MegatronModule):
@@ -93,12 +99,15 @@ class SeqParCoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = pg_collection.tp
+        self._device = torch.empty(0, device=_home()).device
         self._make_softmax_offset()
+        self._check_kernel(k_channels or config.kv_channels, v_channels or config.kv_channels)
         self._transport: Transport = LocalTransport()
-        self._node_size = 1
+        self._node_size, self._cluster = 1, None
         if settings.active:  # else one rank, whatever tensor and data parallelism make of the world
             ours = axis.require_matching(pg_collection)
-            self._transport, self._node_size = ours.transport, ours.node_size
+            self._transport = ours.transport
+            self._node_size, self._cluster = ours.node_size, ours.cluster
 
     def _make_softmax_offset(self) -> None:
         """As stock attention does, down to the draws from the random generator."""
@@ -107,16 +116,34 @@ class SeqParCoreAttention(MegatronModule):
         kind = getattr(config, "softmax_type", "vanilla")
         if kind == "vanilla":
             return
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
         heads = config.num_attention_heads // self.tp_group.size()
-        offset = torch.zeros(heads, device=device, dtype=config.params_dtype)
+        offset = torch.zeros(heads, device=self._device, dtype=config.params_dtype)
         if kind == "learnable":
             offset = torch.nn.Parameter(offset)
             if config.perform_initialization:
                 offset = config.init_method(offset)
         self.softmax_offset = offset
+
+    def _check_kernel(self, head_dim: int, value_dim: int) -> None:
+        """Find out before the first step when no kernel, or not the asked one, serves the model."""
+        settings = state.config()
+        try:
+            kernels.select(
+                settings.kernel,
+                device=self._device,
+                dtype=self.config.params_dtype,
+                head_dim=head_dim,
+                value_dim=value_dim,
+                deterministic=bool(self.config.deterministic_mode),
+                softcap=bool(settings.softcap),
+            )
+        except KernelError as error:
+            asked = " with ".join(
+                as_typed(settings, name)
+                for name in ("kernel", "softcap")
+                if not is_default(settings, name)
+            )
+            raise KernelError(f"{asked or arguments.context(settings)}: {error}") from error
 
     def sharded_state_dict(
         self,
@@ -144,15 +171,18 @@ class SeqParCoreAttention(MegatronModule):
 
         query: `[s_local, b, heads, head_dim]`, after rotary embedding, possibly strided.
         key, value: `[s_local, b, kv_heads, head_dim]`, likewise; kv_heads divides heads.
-        attention_mask: document boundaries (`documents.boundaries`), else ignored: the mask is what
-            `masks.of_layer` makes of `attn_mask_type` (the constructor's when None), inside each
-            document.
-        packed_seq_params: documents laid end to end; the tensors, and what is returned, have no b.
+        attention_mask: ignored; the mask is what `masks.of_layer` makes of `attn_mask_type` (the
+            constructor's when None).
         Returns `[s_local, b, heads * head_dim]` in the dtype of `query`.
-        Raises `UnsupportedError` for a bias or a key/value cache.
+        Raises `UnsupportedError` for packed input, a bias, or a key/value cache.
         """
         settings = state.config()
         context = arguments.context(settings)
+        if packed_seq_params is not None:
+            raise UnsupportedError(
+                f"packed_seq_params with {context}: packed (THD) input is not split over the "
+                "axis; train on unpacked sequences."
+            )
         if attention_bias is not None:
             raise UnsupportedError(
                 f"attention_bias with {context}: attention takes no bias; use rotary position "
@@ -163,15 +193,6 @@ class SeqParCoreAttention(MegatronModule):
                 f"{key.shape[0]} keys for {query.shape[0]} queries with {context}: generation "
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
-        seq_length = query.shape[0] * self._transport.size  # chunks are equal in training
-        inner = self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
-        mask: Mask | tuple[Mask, ...]
-        if packed_seq_params is not None:
-            packed.check(packed_seq_params, context)
-            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            mask = packed.mask_of(inner, packed_seq_params, seq_length)
-        else:
-            mask = documents.mask_of(inner, attention_mask, seq_length)
         transport, recorder = measure.current().attention(
             self._transport, query.device, self.layer_number
         )
@@ -181,9 +202,10 @@ class SeqParCoreAttention(MegatronModule):
             key,
             value,
             group=transport,
-            mask=mask,
+            mask=self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type),
             schedule=settings.schedule,
             node_size=self._node_size,
+            cluster=self._cluster,
             token_layout=settings.token_layout,
             softmax_scale=self.softmax_scale,
             softcap=settings.softcap,
@@ -194,9 +216,8 @@ class SeqParCoreAttention(MegatronModule):
             return_lse=True,
             overlap=settings.overlap,
             recorder=recorder,
-            seq_length=seq_length,
+            seq_length=query.shape[0] * self._transport.size,  # chunks are equal in training
         )
         keepsake = recompute.current()
         output = compute()[0] if keepsake is None else keepsake.attend(compute)
-        output = output.flatten(2)
-        return output if packed_seq_params is None else output.squeeze(1)
+        return output.flatten(2)

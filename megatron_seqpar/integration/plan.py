@@ -10,13 +10,15 @@ finds it in the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_seqpar.attention import Mask, Schedule, build_schedule
+from megatron_seqpar.attention import Schedule, build_schedule
 from megatron_seqpar.attention.layouts import TokenLayout
+from megatron_seqpar.attention.schedules import explain, make_problem
 from megatron_seqpar.config import SeqParConfig, as_typed
 from megatron_seqpar.errors import ScheduleError, UnsupportedError
-from megatron_seqpar.integration import documents, lengths, masks, nodes
+from megatron_seqpar.integration import lengths, masks, nodes
 
 
 def heads_of(args: Any) -> dict[str, Any]:
@@ -47,12 +49,42 @@ def layout_of(config: SeqParConfig, seq_length: int) -> TokenLayout:
     return TokenLayout.contiguous(size, seq_length=seq_length)
 
 
-def schedules_of(args: Any, config: SeqParConfig) -> Iterator[tuple[Mask, Schedule]]:
+@dataclass(frozen=True)
+class Planned:
+    """The schedule for the layers that have one mask.
+
+    why: what `auto` says of its choice; "" when the user named the schedule.
+    """
+
+    schedule: Schedule
+    why: str = ""
+
+    def line(self, dtype: object, batch: int) -> str:
+        """For people: the schedule, what it is for and what it costs a layer.
+
+        dtype: of queries, keys and values. batch: samples in a micro-batch.
+        """
+        schedule, problem = self.schedule, self.schedule.problem
+        sent = sum(
+            schedule.bytes_sent(rank, direction, dtype, batch=batch)
+            for rank in range(schedule.size)
+            for direction in ("forward", "backward")
+        )
+        return (
+            f"seqpar: attention schedule {schedule.name} for {problem.mask.name} attention over "
+            f"{problem.seq_length} tokens on {schedule.size} ranks ({problem.query_heads} query "
+            f"and {problem.kv_heads} KV heads each): {100 * schedule.idle_fraction:.1f}% idle, "
+            f"{sent / schedule.size / 2**20:.3g} MiB sent per rank, layer and micro-batch"
+            + (f"; auto chose {self.why}" if self.why else "")
+        )
+
+
+def of_run(args: Any, config: SeqParConfig) -> Iterator[Planned]:
     """The schedule for each different mask of the model's layers.
 
-    args: Megatron's validated arguments. With documents, whose ends only the data tells, a
-        schedule is built for two halves as well, to find out whether the asked one serves them.
-    Raises `UnsupportedError` when the asked schedule does not serve one of them.
+    args: Megatron's validated arguments.
+    Raises `UnsupportedError` when the asked schedule does not serve one of them, `ClusterError`
+    for an unknown `--seqpar-cluster`.
     """
     seq_length = lengths.sequence_length(args)
     if seq_length is None or not getattr(args, "num_attention_heads", None):
@@ -60,59 +92,31 @@ def schedules_of(args: Any, config: SeqParConfig) -> Iterator[tuple[Mask, Schedu
     layout = layout_of(config, seq_length)
     # the first axis of the job stands for all: they lie alike on the nodes
     first = range(0, args.tensor_model_parallel_size * layout.size, args.tensor_model_parallel_size)
+    node_size = nodes.of_axis(first, config)
+    sizes = {"layout": layout, "node_size": node_size, **heads_of(args)}
+    cluster = nodes.cluster_of(config, node_size)
     for mask in masks.of_model(args):
-        halves = [mask]
-        if documents.expected(args):
-            halves.append(documents.within(mask, (0, seq_length // 2, seq_length), seq_length))
         try:
-            schedule, *_ = [
-                build_schedule(
-                    config.schedule,
-                    layout=layout,
-                    mask=each,
-                    node_size=nodes.of_axis(first, config),
+            if config.schedule == "auto":
+                choice = explain(
+                    make_problem(mask=mask, **sizes),
+                    cluster=cluster,
                     dtype=args.params_dtype,
-                    **heads_of(args),
+                    batch=args.micro_batch_size,
                 )
-                for each in halves
-            ]
+                yield Planned(choice.schedule, choice.why())
+            else:
+                yield Planned(build_schedule(config.schedule, mask=mask, **sizes))
         except ScheduleError as error:
             asked = ", ".join(as_typed(config, name) for name in ("schedule", "token_layout"))
             raise UnsupportedError(
                 f"{asked} with --sequence-parallel-size {layout.size} and a {mask.name} mask: "
                 f"{error}"
             ) from error
-        yield mask, schedule
-
-
-def describe(schedule: Schedule, asked: str, dtype: object, batch: int) -> str:
-    """One line: the schedule, what it is for and what it costs a layer.
-
-    asked: the value of `--seqpar-schedule`. batch: samples in a micro-batch.
-    """
-    problem, ranks = schedule.problem, range(schedule.size)
-    sent = sum(
-        schedule.bytes_sent(rank, direction, dtype, batch=batch)
-        for rank in ranks
-        for direction in ("forward", "backward")
-    )
-    chosen = f"{schedule.name} (chosen by auto)" if asked == "auto" else schedule.name
-    return (
-        f"seqpar: attention schedule {chosen} for {problem.mask.name} attention over "
-        f"{problem.seq_length} tokens on {schedule.size} ranks ({problem.query_heads} query and "
-        f"{problem.kv_heads} KV heads each): {100 * schedule.idle_fraction:.1f}% idle, "
-        f"{sent / schedule.size / 2**20:.3g} MiB sent per rank, layer and micro-batch"
-    )
 
 
 def check(args: Any, config: SeqParConfig) -> None:
-    """Build the run's schedules and print them on global rank 0.
-
-    Raises `UnsupportedError` as `schedules_of`.
-    """
-    for _, schedule in schedules_of(args, config):
+    """Build the run's schedules and print them on global rank 0. Raises as `of_run`."""
+    for planned in of_run(args, config):
         if args.rank == 0:
-            line = describe(schedule, config.schedule, args.params_dtype, args.micro_batch_size)
-            print(line, flush=True)
-    if documents.expected(args) and args.rank == 0:
-        print("seqpar: documents get a schedule of their own in every micro-batch", flush=True)
+            print(planned.line(args.params_dtype, args.micro_batch_size), flush=True)

@@ -64,7 +64,7 @@ def _write(chunks: list[Any], path: str) -> None:
     for chunk in chunks:
         numbers = _layer_numbers(chunk)
         for name, parameter in chunk.named_parameters():
-            whole = _join_tensor_parallel(parameter, parameter.main_grad.float())
+            whole = _join_tensor_parallel(name, parameter, parameter.main_grad.float())
             stage[_global_name(name, numbers)] = whole.cpu().clone()
     stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -88,11 +88,13 @@ def _gather_shards(chunk: Any) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def _join_tensor_parallel(parameter: Any, grad: torch.Tensor) -> torch.Tensor:
+def _join_tensor_parallel(name: str, parameter: Any, grad: torch.Tensor) -> torch.Tensor:
     from megatron.core import parallel_state
 
     size = parallel_state.get_tensor_model_parallel_world_size()
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    # Megatron splits softmax offsets by head and does not mark them.
+    by_head = name.endswith("softmax_offset")
+    if size == 1 or not (by_head or getattr(parameter, "tensor_model_parallel", False)):
         return grad
     parts = [torch.empty_like(grad) for _ in range(size)]
     group = parallel_state.get_tensor_model_parallel_group()
@@ -101,7 +103,7 @@ def _join_tensor_parallel(parameter: Any, grad: torch.Tensor) -> torch.Tensor:
         # A gated MLP's first weight: each rank holds a gate half and an up half.
         halves = [part.chunk(2, dim=parameter.partition_dim) for part in parts]
         parts = [half[side] for side in range(2) for half in halves]
-    return torch.cat(parts, dim=parameter.partition_dim)
+    return torch.cat(parts, dim=0 if by_head else parameter.partition_dim)
 
 
 def _layer_numbers(chunk: Any) -> dict[str, int]:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_seqpar.config import SeqParConfig
-from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import install, uninstall
+from megatron_seqpar.errors import KernelError, UnsupportedError
+from megatron_seqpar.integration import axis as parallel_axis
+from megatron_seqpar.integration import install, state, uninstall
 
 ps = pytest.importorskip("megatron.core.parallel_state")
 
@@ -163,6 +164,59 @@ def test_model_configs_are_refused_without_a_command_line(axis_of_two, options, 
     spec = gpt_layer_specs.get_gpt_layer_local_spec()
     with pytest.raises(UnsupportedError, match=text):
         model(spec, config(**options))
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "off-by-one", "learnable"])
+def test_softmax_offsets_are_those_of_stock_attention(axis_of_two, monkeypatch, kind):
+    """Same draws, same parameters, same checkpoint entries."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    spec = gpt_layer_specs.get_gpt_layer_local_spec()
+    metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
+    built = {}
+    for size in (2, 1):
+        torch.manual_seed(7)
+        uninstall()
+        install(SeqParConfig(sequence_parallel_size=size))
+        if size == 2:
+            parallel_axis.build([(0, 1)], 1.0)
+        built[size] = model(spec, config(softmax_type=kind, context_parallel_size=size))
+    ours, stock = (built[size].decoder.layers[1].self_attention.core_attention for size in (2, 1))
+    assert type(stock) is DotProductAttention
+    assert type(ours) is SeqParCoreAttention
+    if kind == "vanilla":
+        assert ours.softmax_offset is stock.softmax_offset is None
+    else:
+        assert type(ours.softmax_offset) is type(stock.softmax_offset)
+        assert torch.equal(ours.softmax_offset, stock.softmax_offset)
+    saved = [module.sharded_state_dict("x.", (), metadata) for module in (ours, stock)]
+    assert saved[0].keys() == saved[1].keys()
+    assert len(saved[0]) == (kind == "learnable")
+    for key, entry in saved[0].items():
+        same = saved[1][key]
+        assert (entry.key, entry.global_shape, entry.global_offset, entry.replica_id) == (
+            same.key,
+            same.global_shape,
+            same.global_offset,
+            same.replica_id,
+        )
+    assert built[2].state_dict().keys() == built[1].state_dict().keys()
+    pairs = zip(built[2].parameters(), built[1].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"kernel": "cpu", "softcap": 30.0}, "--seqpar-kernel cpu with --seqpar-softcap 30.0: .*"),
+        ({"kernel": "flash2"}, "--seqpar-kernel flash2: "),
+    ],
+)
+def test_a_kernel_that_cannot_serve_the_model_is_refused_when_it_is_built(
+    axis_of_two, settings, text
+):
+    state.set_config(SeqParConfig(sequence_parallel_size=2, **settings))
+    with pytest.raises(KernelError, match=text + ".*use one of auto.*reference"):
+        model(gpt_layer_specs.get_gpt_layer_local_spec(), config())
 
 
 def test_size_one_leaves_the_spec_alone(axis_of_two):

@@ -28,7 +28,8 @@ MODEL = shlex.split(
 TRAINING = shlex.split(
     "--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
     "--lr-warmup-iters 5 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --eval-iters 0 "
-    "--eval-interval 1000 --log-interval 1 --split 100,0,0 --num-workers 0"
+    "--eval-interval 1000 --log-interval 1 --split 100,0,0 --num-workers 0 "
+    "--no-create-attention-mask-in-dataloader"
 )
 
 
@@ -44,10 +45,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs that are compared have in common.
-
-    dense_masks: the data loader makes masks where the run has a use for them.
-    """
+    """What runs that are compared have in common."""
 
     corpus: Corpus
     cache: Path
@@ -55,11 +53,21 @@ class Setting:
     steps: int = 50
     seq_length: int = 384
     mask: float | None = None
-    dense_masks: bool = False
     extra: tuple[str, ...] = ()
+    model: tuple[str, ...] = tuple(MODEL)
 
-    def train(self, name: str, ranks: int, *arguments: str, timeout: float = 280.0) -> Trained:
-        """Run to the end; AssertionError with the end of the output if it fails."""
+    def train(
+        self,
+        name: str,
+        ranks: int,
+        *arguments: str,
+        plain: dict[str, Any] | None = None,
+        timeout: float = 280.0,
+    ) -> Trained:
+        """Run to the end; AssertionError with the end of the output if it fails.
+
+        plain: train with textbook attention in the place of Megatron's, with these options.
+        """
         folder = self.folder / name
         folder.mkdir(parents=True)
         gradients, report = folder / "gradients.pt", folder / "report.json"
@@ -67,12 +75,12 @@ class Setting:
         chain += [str(ROOT / "scripts" / "pretrain_gpt.py")]
         if self.mask is not None:
             chain = [str(TOOLS / "mask_tokens.py"), str(self.mask), *chain]
+        if plain is not None:
+            chain = [str(TOOLS / "plain_attention.py"), json.dumps(plain), *chain]
         length = str(self.seq_length)
         command = [sys.executable, "-m", "megatron_seqpar", "run", "--nproc", str(ranks)]
-        command += ["--device", "cpu", *chain, *MODEL, *TRAINING, *tokenizer_arguments()]
+        command += ["--device", "cpu", *chain, *self.model, *TRAINING, *tokenizer_arguments()]
         command += ["--seq-length", length, "--max-position-embeddings", length]
-        if not self.dense_masks:
-            command += ["--no-create-attention-mask-in-dataloader"]
         command += ["--train-iters", str(self.steps), "--data-path", self.corpus.data_path]
         command += ["--data-cache-path", str(self.cache), "--seqpar-report", str(report)]
         path = os.pathsep.join([str(ROOT), str(TOOLS), os.environ.get("PYTHONPATH", "")])

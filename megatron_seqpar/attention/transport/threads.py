@@ -32,7 +32,8 @@ Ranks = TypeVar("Ranks", bound="ThreadTransport")
 class ThreadTransport:
     """See `Transport`: one rank of a group of threads; `ThreadTransport.run` starts such a group.
 
-    Subclasses may step in where streams are ordered: `posting`, `copy`, `settle`.
+    Subclasses may step in where streams are ordered: `posting`, `transfer_stream`, `copy`,
+    `settle`.
     """
 
     def __init__(self, rendezvous: Rendezvous, rank: int, size: int) -> None:
@@ -114,11 +115,12 @@ class ThreadTransport:
     def posting(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Called on the compute stream before messages are posted."""
 
-    def copy(self, send: End, receive: End, stream: torch.cuda.Stream | None) -> None:
-        """Copy one message; called by whichever rank posts its end second.
+    def transfer_stream(self, receiver: int, device: torch.device) -> torch.cuda.Stream:
+        """Where copies to that rank are made; called by whichever rank posts its end second."""
+        return self.rendezvous.transfer_stream(receiver, device)
 
-        `stream` is the receiver's transfer stream, current here; None on the CPU.
-        """
+    def copy(self, send: End, receive: End, stream: torch.cuda.Stream | None) -> None:
+        """Copy one message; `stream` is the transfer stream, current here, or None on the CPU."""
         if stream is not None:
             assert send.posted is not None
             assert receive.posted is not None
@@ -144,7 +146,7 @@ class ThreadTransport:
         if failure is None:
             device = receive.tensor.device
             if device.type == "cuda":
-                stream = self.rendezvous.transfer_stream(receive.rank, device)
+                stream = self.transfer_stream(receive.rank, device)
                 with torch.cuda.stream(stream):
                     self.copy(send, receive, stream)
                 send.copied = receive.copied = stream.record_event()

@@ -23,8 +23,8 @@ fetching keys, rank 1 mostly on keys of its own.
                           .....11                                 .....1111111333
                           .....111                                .....11111113333
 
-Bytes are those of a forward and a backward pass together; between nodes they count four times, and
-keys and values cross once a node. Balance: no rank gets more than 1/200 above the mean, but for
+Bytes are those of a forward and a backward pass together; between nodes they count eight times, and
+keys and values cross once a node. Balance: no rank gets more than 1/500 above the mean, but for
 what one row of pairs weighs, because a row is not cut. Where ranks are within 4% to begin with (a
 window: only the first rank has less to do), 1/60 will do if that saves a fifth of the bytes.
 
@@ -41,7 +41,7 @@ from .blocks import blocks_of, pieces_of
 from .order import in_steps
 from .share import share
 
-TIGHT, LOOSE = 200, 60  # one part in so many that a rank may have above the mean
+TIGHT, LOOSE = 500, 60  # one part in so many that a rank may have above the mean
 NEAR = 25  # one part in so many above the mean is near enough to ask whether LOOSE will do
 SMALL = 16  # documents inside a rank are handed out together up to this part of the mean
 

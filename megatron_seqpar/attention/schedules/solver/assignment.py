@@ -10,7 +10,7 @@ from ...layouts import Span
 from .blocks import KV, Block, Q
 
 ITEM_SIZE = 2  # bytes of an element when routes are weighed up (bfloat16)
-FAR = 4  # what a byte between nodes counts, against one inside a node
+FAR = 8  # what a byte between nodes counts, against one inside a node
 
 
 class Assignment:

@@ -16,6 +16,7 @@ least cost per pair moved wins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from .assignment import Assignment
@@ -26,14 +27,20 @@ SHIFT = 20  # costs per pair are compared as integers, the same on every machine
 CRUMB = 64  # query rows whose bytes a move must be worth: fewer and larger moves, fewer kernels
 
 
+class _Cut(Enum):
+    NONE = "none"
+    SHARED = "shared"  # all blocks, at one row (or column) of the operand that they share
+    OTHER = "other"  # the last block, along its other operand
+
+
 class _Offer(NamedTuple):
-    """Blocks that a rank could take over, the last of them in part."""
+    """Blocks that a rank could take over."""
 
     cost: int
-    pairs: int
+    pairs: int  # work that the old rank wants to be rid of; more may come with it
     blocks: Sequence[Block]
     taken: int  # the first so many of `blocks`
-    cut_shared: bool
+    cut: _Cut
 
 
 class _Move(NamedTuple):
@@ -95,7 +102,7 @@ def _best(state: Assignment, src: int, limit: int) -> _Move | None:
     cost, pairs = 0, 0
     over = state.load[src] - limit
     rooms = [
-        (min(over, limit - load), rank)
+        (limit - load, rank)
         for rank, load in enumerate(state.load)
         if limit - load > limit // GRAIN
     ]
@@ -112,7 +119,9 @@ def _best(state: Assignment, src: int, limit: int) -> _Move | None:
                 for room, dst in rooms:
                     shared = state.fetch_cost(axis, piece, span, dst)
                     costs = [_other(state.fetch_cost, block, 1 - axis, dst) for block in blocks]
-                    for offer in _offers(blocks, costs, saved, shared, shared_saved, room):
+                    for offer in _offers(
+                        blocks, costs, saved, shared, shared_saved, min(over, room), room
+                    ):
                         new = offer.cost + CRUMB * state.token_cost[Q]
                         if best is None or new * pairs < cost * offer.pairs:
                             best = _Move(src, dst, axis, offer)
@@ -134,16 +143,18 @@ def _offers(
     saved: Sequence[int],
     shared: int,
     shared_saved: int,
+    want: int,
     room: int,
 ) -> Iterator[_Offer]:
-    """What a rank with `room` could take of blocks that share an operand.
+    """What a rank could take of blocks that share an operand.
 
     Args:
         blocks: the blocks of one rank that share the operand.
         costs: what the new rank must fetch of each block's other operand.
         saved: what the old rank need not fetch any more when the block leaves.
         shared, shared_saved: the same for the shared operand.
-        room: pairs.
+        want: pairs that are to leave the old rank.
+        room: pairs that the new rank can take.
     """
     count = len(blocks)
     order = list(range(count))
@@ -154,23 +165,26 @@ def _offers(
     for taken, at in enumerate(order, 1):
         cost += costs[at]
         pairs += blocks[at].pairs
-        if pairs > room:
+        if pairs > want:
             of_shared = shared - shared_saved if taken == count else shared
-            yield _Offer(cost + of_shared * room // pairs, room, ordered, taken, True)
+            yield _Offer(cost + of_shared * want // pairs, want, ordered, taken, _Cut.SHARED)
     if count > 1:
         order.sort(key=lambda at: ((costs[at] - saved[at]) << SHIFT) // blocks[at].pairs)
         ordered = [blocks[at] for at in order]
     cost, pairs = shared, 0
     for taken, at in enumerate(order, 1):
         more, net = blocks[at].pairs, costs[at] - saved[at]
+        if pairs + more > want:
+            part = cost + net * (want - pairs) // more
+            yield _Offer(part, want, ordered, taken, _Cut.OTHER)
         if pairs + more > room:
-            cost += net * (room - pairs) // more
-            yield _Offer(cost, room, ordered, taken, False)
             return
         cost += net
         pairs += more
         of_shared = shared_saved if taken == count else 0
-        yield _Offer(cost - of_shared, pairs, ordered, taken, False)
+        yield _Offer(cost - of_shared, min(pairs, want), ordered, taken, _Cut.NONE)
+        if pairs >= want:
+            return
 
 
 def _apply(state: Assignment, move: _Move, limit: int) -> bool:
@@ -178,18 +192,17 @@ def _apply(state: Assignment, move: _Move, limit: int) -> bool:
     src, dst, _, offer = move
     want = min(state.load[src] - limit, limit - state.load[dst])
     blocks = offer.blocks[: offer.taken]
-    if offer.cut_shared:
+    if offer.cut is _Cut.SHARED:
         return _move_shared(state, move, blocks, want)
+    last = blocks[-1] if offer.cut is _Cut.OTHER else None
     moved = 0
     for block in blocks:
-        if moved + block.pairs <= want:
+        if block is not last:
             state.replace(src, block, [(block, dst)])
             moved += block.pairs
-        elif (want - moved) * GRAIN < want * CRUMB:
-            return moved > 0  # too little to be worth a cut
-        else:
-            return _move_columns(state, move, block, want - moved) or moved > 0
-    return True
+    if last is None or (want - moved) * GRAIN < want * CRUMB:
+        return moved > 0  # the rest is too little to be worth a cut
+    return _move_columns(state, move, last, want - moved) or moved > 0
 
 
 def _move_shared(state: Assignment, move: _Move, blocks: Sequence[Block], want: int) -> bool:

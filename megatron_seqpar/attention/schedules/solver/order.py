@@ -6,8 +6,9 @@ the local ones, which hide the last results on their way back. All lines are cut
 fractions of their length, so in every step all ranks have the same share of their work to do and
 nobody waits. The first cut is where the first rank runs out of local work.
 
-Which remote block is next is decided step by step, for the ranks in turn: one whose operands come
-from owners that have the least to send at that time.
+Which remote block is next is decided step by step, for the ranks in turn: first those whose queries
+were sent here, since their results go back; among them, one whose operands come from owners that
+have the least to send at that time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def in_steps(problem: Problem, state: Assignment) -> list[Placed]:
             total * (local * count + (load - local) * step) // (load * count) if count else total
             for step in range(count + 1)
         ]
-        lines.append(_Line(problem, state, rank, ends, min(early, count)))
+        lines.append(_Line(state, rank, ends, min(early, count)))
     placed = []
     for step in range(count + 1):
         sending = [0] * state.size  # what each owner has to send for this step
@@ -53,10 +54,13 @@ def in_steps(problem: Problem, state: Assignment) -> list[Placed]:
 
 
 def _count(problem: Problem, state: Assignment) -> int:
-    """Steps after the first: about one for a chunk's keys and values that the busiest fetches."""
+    """Steps after the first: one for every two chunks of keys and values that the busiest fetches.
+
+    More steps would start on remote blocks earlier, but cut the work into smaller tiles.
+    """
     chunk = max(1, state.token_cost[KV] * problem.seq_length // state.size)
     most_fetched = max(map(state.cost, range(state.size)))
-    return min(max(1, -(-most_fetched // chunk)), max(1, state.size // 2))
+    return min(max(1, -(-most_fetched // (2 * chunk))), -(-state.size // 4))
 
 
 def _least_local(state: Assignment) -> tuple[int, int]:
@@ -77,23 +81,16 @@ class _Line:
         early: the step whose end local work should reach at the beginning, if there is as much.
     """
 
-    def __init__(
-        self, problem: Problem, state: Assignment, rank: int, ends: list[int], early: int
-    ) -> None:
+    def __init__(self, state: Assignment, rank: int, ends: list[int], early: int) -> None:
         self.state, self.rank, self.ends = state, rank, ends
         self.snap = ends[-1] // (SNAP * len(ends))
         self.done = 0
-        node = problem.node_size
         blocks = sorted(state.blocks(rank), key=lambda block: block.spans)
         local = [block for block in blocks if state.is_local(rank, block)]
-        self.first, self.last = self._split(local, max(ends[early], work(local) // 2))
+        self.first, self.last = self._split(local, ends[early])
         self.remote = [block for block in blocks if not state.is_local(rank, block)]
         self.fetched: dict[tuple[int, int], list[Span]] = {}
         self.rest: Block | None = None
-        self.far = {
-            block.pieces: any(state.owners[p] // node != rank // node for p in block.pieces)
-            for block in self.remote
-        }
 
     def fill(self, step: int, sending: list[int]) -> list[Block]:
         """The blocks of the next step; `sending` counts what they make the owners send."""
@@ -129,12 +126,11 @@ class _Line:
             return block
         return self.last.pop(0) if self.last else None
 
-    def _when(self, block: Block, sending: list[int]) -> tuple[bool, int, bool, int]:
+    def _when(self, block: Block, sending: list[int]) -> tuple[bool, int, int]:
         q_owner, kv_owner = (self.state.owners[piece] for piece in block.pieces)
-        partner = q_owner if kv_owner == self.rank else kv_owner
         busiest = max((sending[owner] + cost for owner, cost in self._fetch(block)), default=0)
-        distance = (self.rank - partner) % self.state.size
-        return self.far[block.pieces], busiest, q_owner == self.rank, distance
+        partner = q_owner if kv_owner == self.rank else kv_owner
+        return q_owner == self.rank, busiest, (self.rank - partner) % self.state.size
 
     def _fetch(self, block: Block) -> list[tuple[int, int]]:
         """(owner, cost) of the operands of a block that are not here yet."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_seqpar.attention import Payload, Route, Schedule, Step
+from megatron_seqpar.attention import Payload, Region, Route, Schedule, Step
 from megatron_seqpar.attention.ir import item_size
 from megatron_seqpar.errors import SeqParError
 
@@ -54,6 +54,7 @@ _EDGE = "#4a4f57"
 _LANE = 0.85  # width of the lane of transfers, in units of a whole tile's time
 _EMPTY_STEP = 0.12  # width of a column that only moves data
 _MOST_LABELLED = 20  # above, text would not fit
+_LEAST_LABELLED = 0.3  # of a chunk; nor below
 
 
 def save(schedule: Schedule, dtype: str, path: Path) -> None:
@@ -104,7 +105,7 @@ def _title(schedule: Schedule, dtype: str) -> str:
 
 
 def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
-    from matplotlib.patches import Polygon, Rectangle
+    from matplotlib.patches import Polygon
 
     pieces = [
         (piece, rank)
@@ -114,31 +115,27 @@ def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
     total = schedule.problem.layout.seq_length
     size = schedule.size
     labelled = size <= _MOST_LABELLED
+    labels: dict[Region, list[str]] = {}
     for rank, steps in enumerate(schedule.plan):
         for index, step in enumerate(steps):
             for tile in step.tiles:
-                x, y, width, height = tile.kv.start, tile.q.start, tile.kv.size, tile.q.size
                 colour = ROUTE_COLOURS[schedule.problem.route(rank, tile)]
-                causal = tile.pairs < width * height
-                corners = [(x, y), (x, y + height), (x + width, y + height)]
-                shape: Any = (
-                    Polygon(corners, facecolor=colour, edgecolor=_EDGE, linewidth=0.6)
-                    if causal
-                    else Rectangle(
-                        (x, y), width, height, facecolor=colour, edgecolor=_EDGE, linewidth=0.6
-                    )
-                )
+                shape = Polygon(outline(tile.region), facecolor=colour, edgecolor=_EDGE)
+                shape.set_linewidth(0.6)
                 axes.add_patch(shape)
-                if labelled:
-                    third = 1 / 3 if causal else 0.5
-                    axes.text(
-                        x + width * third,
-                        y + height * (1 - third if causal else 0.5),
-                        f"{rank}@{index}",
-                        ha="center",
-                        va="center",
-                        fontsize=_font(size) - (1.5 if causal or height < total / size else 0),
-                    )
+                labels.setdefault(tile.region, []).append(f"{rank}@{index}")
+    for region, names in labels.items() if labelled else ():
+        room = min(region.q.size, region.kv.size) * size / total  # in chunks
+        if room >= _LEAST_LABELLED:
+            corners = outline(region)
+            axes.text(
+                sum(x for x, _ in corners) / len(corners),
+                sum(y for _, y in corners) / len(corners),
+                names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}",
+                ha="center",
+                va="center",
+                fontsize=_font(size) - (1.5 if room < 1 or region.high is not None else 0),
+            )
     axes.set_xlim(0, total)
     axes.set_ylim(total, 0)
     axes.set_aspect("equal")
@@ -151,6 +148,18 @@ def _draw_matrix(axes: Axes, schedule: Schedule) -> None:
     axes.set_xlabel("key chunk (its owner)", fontsize=9)
     axes.set_ylabel("query chunk (its owner)", fontsize=9)
     axes.set_title("rank@step that computes a tile", fontsize=9)
+
+
+def outline(region: Region) -> list[tuple[float, float]]:
+    """Corners of a tile as (key, query) positions: a rectangle cut by its band of diagonals."""
+    (top, bottom), (left, right), low, high = region
+    rows: set[float] = {top, bottom}
+    for edge, limit in ((right, high), (left, low)):
+        if limit is not None and top < edge - limit < bottom:
+            rows.add(edge - limit)
+    ends = [(row, right if high is None else min(right, row + high)) for row in sorted(rows)]
+    starts = [(row, left if low is None else max(left, row + low)) for row in sorted(rows)]
+    return [(x, row) for row, x in ends] + [(x, row) for row, x in reversed(starts)]
 
 
 # ---- time -----------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ def _draw_time(axes: Axes, schedule: Schedule, columns: list[tuple[float, float]
         side.set_visible(False)
     parts = "; letters: parts of a chunk" if names is not None and names.any_cut else ""
     axes.set_title(
-        f"query chunk × key chunk of each step{parts}; arrows: what moves while the column on "
+        f"query chunk × key chunk of each step{parts}\narrows: what moves while the column on "
         "their left computes",
         fontsize=9,
     )
@@ -233,7 +242,7 @@ def _draw_step(
                 (at, rank - 0.36), width, 0.72, facecolor=colour, edgecolor=_EDGE, linewidth=0.6
             )
         )
-        if names is not None:
+        if names is not None and width > 0.045 * len(names(tile)):
             axes.text(at + width / 2, rank, names(tile), ha="center", va="center", fontsize=8)
         at += width
     if not step.tiles and slowest:

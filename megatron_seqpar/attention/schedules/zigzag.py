@@ -11,10 +11,11 @@ the keys of worker j = r-t (mod P):
 
 They come straight from their owner, 3/4 of what a ring sends on the mean.
 
-In a zigzag token layout worker r owns those parts. In any other, the queries (and in the end the
-outputs) move as well: attention permutes to zigzag inside and back. Keys and values need no such
-permutation, they go straight to who needs them. That costs about 2 x query heads x local tokens
-more, whatever P, and beats `balanced` where its Q-routes cost more: at large groups.
+In a zigzag token layout rank r owns those parts and is worker r. In a contiguous one attention
+permutes to zigzag inside and back: the owner of one of a worker's two parts takes that worker's
+place, so half of the queries move to it, and half of the outputs back. Keys and values need no
+permutation, they go straight to who needs them. That costs about query heads x local tokens more,
+whatever P, and beats `balanced` where its Q-routes cost more: at large groups.
 """
 
 from __future__ import annotations
@@ -35,9 +36,19 @@ def cells(problem: Problem, workers: int) -> Iterator[Placed]:
     """Who computes which rectangle when, for a number of workers (ranks, or nodes)."""
     parts = even_spans(Span(0, problem.seq_length), 2 * workers)
     pairs = [(parts[worker], parts[-1 - worker]) for worker in range(workers)]
+    places = range(workers) if problem.layout.name == "zigzag" else _owners(workers)
     for step in range(workers):
-        for worker in range(workers):
+        for worker, place in enumerate(places):
             for q in pairs[worker]:
                 for kv in pairs[(worker - step) % workers]:
                     if problem.pairs(q, kv):
-                        yield Placed(step, worker, q, kv)
+                        yield Placed(step, place, q, kv)
+
+
+def _owners(workers: int) -> list[int]:
+    """Who of the owners of contiguous chunks, two parts each, takes which worker's place.
+
+    Parts w and 2W-1-w lie in chunks w//2 and W-1-w//2: even workers take the first, odd ones the
+    last, and everybody is taken once.
+    """
+    return [w // 2 if w % 2 == 0 else workers - 1 - w // 2 for w in range(workers)]

@@ -20,6 +20,7 @@ from .cluster import Cluster, Direction, dtype_name
 
 if TYPE_CHECKING:
     from ..attention.ir import Problem, Tile, Transfer
+    from ..attention.layouts import Span
 
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # tensors of a payload, each one message
@@ -99,23 +100,23 @@ class Costs:
         efficiency = curve.efficiency(rows, keys, self.problem.head_dim)
         return curve.launch.value + self.flops(tile) / (self._peak * efficiency)
 
-    def add_seconds(self, tile: Tile, *, first: bool) -> float:
-        """Adding a tile's partial result to those of the rank that computed it.
+    def results(self, tile: Tile) -> tuple[tuple[tuple[object, ...], float], ...]:
+        """The sums that a tile's partial results go to, and the seconds of adding each.
 
-        `first`: the first partial of its range is kept as it came and costs nothing.
+        The first partial of a sum is kept as it came and costs nothing.
         """
-        if first:
-            return 0.0
+        queries = ("q", tile.q, tile.heads)
         if self.direction == "forward":
-            return self._merge("out", tile.q.size, tile.heads.size)
-        return self._merge("dq", tile.q.size, tile.heads.size) + self._merge(
-            "dkv", tile.kv.size, self.kv_heads(tile)
+            return ((queries, self._merge("out", tile.q.size, tile.heads.size)),)
+        kv_heads = self.kv_heads(tile)
+        return (
+            (queries, self._merge("dq", tile.q.size, tile.heads.size)),
+            (("kv", tile.kv, kv_heads), self._merge("dkv", tile.kv.size, kv_heads.size)),
         )
 
-    def kv_heads(self, tile: Tile) -> int:
+    def kv_heads(self, tile: Tile) -> Span:
         """KV heads that a tile's query heads need."""
-        group = self.problem.query_heads // self.problem.kv_heads
-        return (tile.heads.stop - 1) // group - tile.heads.start // group + 1
+        return self.problem.kv_range(tile.heads)
 
     # ---- transfers ----------------------------------------------------------------------------
 

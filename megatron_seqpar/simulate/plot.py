@@ -80,14 +80,17 @@ def _draw(axes: Any, timeline: Timeline) -> None:
     scale, unit = _unit(timeline.makespan)
     for kind, (top, height) in _LANES.items():
         colour = {**_LANE_COLOURS, **_PORT_COLOURS}[kind]
-        bars: list[tuple[float, float]]
         for rank, events in enumerate(timeline.events):
             bars = [(e.start / scale, e.seconds / scale) for e in events if e.kind is kind]
-            # white edges keep one tile from the next; thin bars would be all edge
+            # white edges keep one bar from the next; of a thin bar they would leave nothing
+            thin = any(width < timeline.makespan / scale / 300 for _, width in bars)
             axes.broken_barh(
-                bars, (rank + top, height), facecolor=colour,
-                edgecolor="white" if kind is not EventKind.POST else colour, linewidth=0.3,
-            )  # fmt: skip
+                bars,
+                (rank + top, height),
+                facecolor=colour,
+                edgecolor=colour if thin else "white",
+                linewidth=0.3,
+            )
     for rank, finish in enumerate(timeline.finish):
         axes.plot([finish / scale] * 2, [rank - 0.46, rank + 0.44], color="#4a4f57", linewidth=0.8)
     axes.set_xlim(0, timeline.makespan / scale * 1.005 or 1.0)

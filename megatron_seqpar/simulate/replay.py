@@ -97,7 +97,7 @@ class _Rank:
         self.tiles: list[tuple[Tile, float, float]] = []  # with seconds of kernel and of merge
         self.open = 0  # transfers of this step that are not over
         self.under_way: list[tuple[float, float]] = []  # (ready, arrived) of those that are
-        self.seen: set[Any] = set()  # ranges that already have a partial result
+        self.seen: set[Any] = set()  # sums that already have a partial result
         self.compute = self.merge = self.post = self.wait = self.exposed = 0.0
         self.bytes_sent = self.messages_sent = 0
         self.events: list[Event] = []
@@ -195,12 +195,12 @@ class _Replay:
             state.step += 1
 
     def _timed(self, state: _Rank, tile: Tile) -> tuple[Tile, float, float]:
-        ranges: tuple[Any, ...] = (tile.q, tile.heads)
-        if self.costs.direction == "backward":
-            ranges = (tile.q, tile.kv, tile.heads)
-        add = self.costs.add_seconds(tile, first=ranges not in state.seen)
-        state.seen.add(ranges)
-        return tile, self.costs.tile_seconds(tile), add
+        adding = 0.0
+        for total, seconds in self.costs.results(tile):
+            if total in state.seen:
+                adding += seconds
+            state.seen.add(total)
+        return tile, self.costs.tile_seconds(tile), adding
 
     def _posted(self, rank: int, now: float) -> None:
         """The rank has posted its step: transfers whose other end was there become ready."""

@@ -107,14 +107,14 @@ def test_posting_a_result_rounds_its_sum() -> None:
 
 
 def test_a_tiles_result_is_added_to_what_is_there() -> None:
-    on = cluster(memory=100.0)
-    some = tile(50, 5, 4)
-    assert Costs(problem(), on).add_seconds(some, first=True) == 0
-    forward = Costs(problem(), on).add_seconds(some, first=False)
-    assert forward == pytest.approx(5 * 4 * (128 * 10 + 12) / 100)
-    backward = Costs(problem(), on, direction="backward").add_seconds(some, first=False)
-    # dq of 4 heads, dk and dv of the 2 heads that they share
-    assert backward == pytest.approx((5 * 4 * 192 * 10 + 10 * 2 * 320 * 10) / 100)
+    on, some = cluster(memory=100.0), tile(50, 5, 4)
+    queries = ("q", Span(0, 5), Span(0, 4))
+    ((total, seconds),) = Costs(problem(), on).results(some)
+    assert (total, seconds) == (queries, pytest.approx(5 * 4 * (128 * 10 + 12) / 100))
+    dq, dkv = Costs(problem(), on, direction="backward").results(some)
+    assert dq == (queries, pytest.approx(5 * 4 * 192 * 10 / 100))
+    # dk and dv of the two heads that the four query heads share
+    assert dkv == (("kv", Span(0, 10), Span(0, 2)), pytest.approx(10 * 2 * 320 * 10 / 100))
 
 
 # TFLOP/s published for (samples, heads, tokens, head dim); the sources are in the cluster files
@@ -157,10 +157,3 @@ def test_small_tiles_are_slow() -> None:
         speeds.append(attention_flops(tokens**2, 8, 128, 128, "forward") / seconds)
     assert speeds == sorted(speeds)
     assert speeds[0] < 0.02 * speeds[-1]
-
-
-def test_kv_heads_of_a_tile() -> None:
-    costs = Costs(problem(8, 2), cluster())
-    for start, stop, expected in ((0, 8, 2), (0, 4, 1), (4, 8, 1), (1, 3, 1)):
-        some = replace(tile(4), heads=Span(start, stop))
-        assert costs.kv_heads(some) == expected == problem(8, 2).kv_range(some.heads).size

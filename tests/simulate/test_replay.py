@@ -166,6 +166,22 @@ def test_backward_takes_two_and_a_half_times_the_flops() -> None:
     assert run(plan).makespan == 10
 
 
+def test_partial_results_are_summed_where_they_are_computed() -> None:
+    # two tiles of one query; 22 bytes: a bf16 partial, an fp32 sum twice, an fp32 LSE three times
+    work = [Work(0, 0, 4), Work(1, 0, 3)]
+    assert shown(run(schedule(1, work, []), cluster(memory=44.0)), 0) == [
+        ("compute", 0, 4),
+        ("compute", 4, 7),
+        ("merge", 7, 7.5),
+    ]
+    # backward: dq (10 bytes) twice to one sum; dk and dv to sums of their own, as keys differ
+    timeline = run(schedule(1, work, [], "backward"), cluster(memory=20.0))
+    assert timeline.merge == (0.5,)
+    again = [*work, Work(1, 0, 4)]  # the keys of the first: 4 x 20 bytes, and dq
+    timeline = run(schedule(1, again, [], "backward"), cluster(memory=20.0))
+    assert timeline.merge == (0.5 + 0.5 + 4,)
+
+
 def test_a_batch_multiplies_work_and_bytes() -> None:
     timeline = run(TWO, batch=3)
     assert timeline.compute == (6, 27)

@@ -121,10 +121,16 @@ def _rank(
         os._exit(1)
 
 
-def _environment(backend: str, rank: int) -> dict[str, str]:
-    if backend != "nccl":
-        return {}
-    return {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+def shared_gpu(rank: int) -> dict[str, str]:
+    """Variables under which NCCL takes the ranks on one GPU for ranks on different hosts."""
+    return {
+        "NCCL_HOSTID": f"rank{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        # sockets only: what else could join two hosts would find that they are one
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_MNNVL_ENABLE": "0",
+        "NCCL_NVLS_ENABLE": "0",
+    }
 
 
 def over(backend: str, settings: Settings, seconds: float) -> tuple[str, Any]:
@@ -138,7 +144,7 @@ def over(backend: str, settings: Settings, seconds: float) -> tuple[str, Any]:
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
             arguments = (rank, backend, settings.device.type, tokens, runs, store, theirs)
-            added = _environment(backend, rank)
+            added = shared_gpu(rank) if backend == "nccl" else {}
             before = {name: os.environ.get(name) for name in added}
             os.environ.update(added)  # inherited by the process started now
             process = context.Process(target=_rank, args=arguments, daemon=True)

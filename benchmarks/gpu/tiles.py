@@ -71,7 +71,7 @@ def one_call(data: Inputs, kernel: str, seconds: float) -> dict[str, float]:
         "backward": lambda: chosen.backward(dout, q, k, v, out, lse, call),
     }
     return {
-        direction: time_calls(run, q.device, seconds=seconds, most=10).median
+        direction: time_calls(run, q.device, seconds=seconds, warm_up=1, least=1, most=10).median
         for direction, run in passes.items()
     }
 
@@ -101,7 +101,7 @@ def compare(
     def work(transport: OneAtATime) -> None:
         # the same threads in every round: cuDNN keeps its plans by thread
         ahead = 0.0
-        for number in range(1 + settings.pick(full=5, quick=3, tiny=1)):
+        for number in range(1 + settings.pick(full=4, quick=3, tiny=1)):
             if transport.rank == 0:
                 whole = one_call(data, kernel, settings.pick(full=0.2, quick=0.1, tiny=0.01))
                 recorder = group.recorder = TimedRecorder(clock)

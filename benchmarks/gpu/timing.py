@@ -34,11 +34,17 @@ class Timing(NamedTuple):
 
 
 def time_calls(
-    call: Callable[[], Any], device: torch.device, *, seconds: float, least: int = 3, most: int = 50
+    call: Callable[[], Any],
+    device: torch.device,
+    *,
+    seconds: float,
+    warm_up: int = 2,
+    least: int = 3,
+    most: int = 50,
 ) -> Timing:
     """Times of `call`, repeated for about `seconds`, at least `least` and at most `most` times."""
     measure = _on_gpu if device.type == "cuda" else _on_cpu
-    for _ in range(2):
+    for _ in range(warm_up):
         call()
     once = measure(call, device, 1)[0]
     calls = max(least, min(most, int(seconds * 1e3 / max(once, 1e-3))))

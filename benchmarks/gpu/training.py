@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu.environment import found_kernels
+from benchmarks.gpu.processes import shared_gpu
 from benchmarks.gpu.settings import Outcome, Settings
 from megatron_seqpar.data import StandardLibrary, prepare_corpus
 from megatron_seqpar.launcher.environment import free_port
@@ -118,7 +119,7 @@ def _environment(way: Way, rank: int, port: str, settings: Settings) -> dict[str
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     if settings.on_gpu and way.ranks > 1:
-        added |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        added |= shared_gpu(rank)
     return {**os.environ, **added}
 
 

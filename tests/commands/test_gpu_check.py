@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import correctness, speed
+from benchmarks.gpu import correctness, speed, timing
 from benchmarks.gpu.settings import Scale
 from benchmarks.gpu.truth import Shape, attention, inputs, seen
 from megatron_seqpar.attention import ThreadTransport
@@ -234,6 +234,24 @@ def test_floating_point_operations() -> None:
     assert speed.Case("causal", 4, 3, 3, 8).forward_flops == 4 * 3 * 10 * 8
     assert speed.Case("full", 4, 3, 1, 8).backward_flops == 10 * 3 * 16 * 8
     assert speed.Case("window 1", 4, 1, 1, 8).pairs == 7
+
+
+def test_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert timing.clocks() is None
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!{sys.executable}\nprint('1980 MHz, 3201 MHz, 1980 MHz, 41, 120.5 W')\n")
+    smi.chmod(0o755)
+    found = timing.clocks()
+    assert found is not None
+    assert (found["clocks.sm"], found["power.draw"]) == ("1980 MHz", "120.5 W")
+
+
+def test_times_are_medians_of_the_calls_asked_for() -> None:
+    calls: list[int] = []
+    found = timing.time_calls(lambda: calls.append(1), CPU, seconds=1.0, warm_up=2, most=7)
+    assert (found.calls, len(calls)) == (7, 2 + 1 + 7)
+    assert found.least <= found.median <= found.most
 
 
 def test_every_kernel_against_the_best() -> None:

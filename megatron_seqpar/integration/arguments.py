@@ -18,7 +18,7 @@ from typing import Any
 from megatron_seqpar import config as settings
 from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import lengths, refusals, state
+from megatron_seqpar.integration import documents, lengths, refusals, state
 from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 _FOLDED = "seqpar_folded"
@@ -64,10 +64,9 @@ def fold(args: Any) -> None:
     if config.active:
         _refuse_early(args, config)
         args.context_parallel_size = config.sequence_parallel_size
-        if hasattr(args, "create_attention_mask_in_dataloader"):
-            # The mask is causal; materialising s x s booleans to say so would be the largest
-            # tensor of a long-context run.
-            args.create_attention_mask_in_dataloader = False
+    if config.replaces_core_attention and hasattr(args, "create_attention_mask_in_dataloader"):
+        # A mask of s x s booleans would be the largest tensor of a long-context run.
+        args.create_attention_mask_in_dataloader = documents.dataloader_makes_marks(args)
     setattr(args, _FOLDED, True)
     if config.report is not None:
         from megatron_seqpar.integration import report

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import state
+from megatron_seqpar.integration import documents, state
 
 METADATA = frozenset(
     {"cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group"}
@@ -43,12 +43,15 @@ def narrow(tensor: torch.Tensor, dim: int, rank: int, size: int) -> torch.Tensor
 def narrow_batch(batch: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
     """Narrow every tensor of a batch to this rank's tokens, in place; returns the batch.
 
-    batch: tensors `[b, s, ...]`; `attention_mask` is `[b, 1, s, s]` and is cut along its query
-        dimension. Entries that are None or have no sequence dimension stay.
+    batch: tensors `[b, s, ...]`; a dense `attention_mask` is `[b, 1, s, s]` and is cut along its
+        query dimension. Entries that are None or have no sequence dimension stay, and so do
+        document boundaries, which are of the whole sequence.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     for key, value in batch.items():
         if value is None or key in METADATA or not isinstance(value, torch.Tensor):
+            continue
+        if key == "attention_mask" and documents.are_boundaries(value):
             continue
         dim = 2 if key == "attention_mask" else 1
         batch[key] = narrow(value, dim, rank, size).contiguous()
@@ -56,30 +59,33 @@ def narrow_batch(batch: dict[str, Any], group: dist.ProcessGroup) -> dict[str, A
 
 
 def wrap_per_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patch for the 0.19 slicer of unpacked batches, under every importer of its caller."""
+    """Patch for the 0.19 slicer of samples, under every importer of its caller.
+
+    It also slices packed pre-training batches.
+    """
 
     def _get_batch_on_this_cp_rank_per_sequence_balancing(
         batch: dict[str, Any], cp_group: dist.ProcessGroup
     ) -> dict[str, Any]:
-        if not state.contiguous():
+        if state.contiguous():
+            return narrow_batch(batch, cp_group)
+        mask = batch.get("attention_mask")
+        if not documents.are_boundaries(mask):
             return original(batch, cp_group=cp_group)
-        return narrow_batch(batch, cp_group)
+        return {**original({**batch, "attention_mask": None}, cp_group), "attention_mask": mask}
 
     return _get_batch_on_this_cp_rank_per_sequence_balancing
 
 
 def wrap_per_document(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patch for the 0.19 slicer of packed batches, which the axis does not serve."""
+    """Patch for the 0.19 slicer of packed SFT batches."""
 
     def _get_batch_on_this_cp_rank_per_document_balancing(
         batch: dict[str, Any], cp_group: dist.ProcessGroup
     ) -> dict[str, Any]:
-        if not state.active():
-            return original(batch, cp_group=cp_group)
-        raise UnsupportedError(
-            f"packed (THD) batch with --sequence-parallel-size {dist.get_world_size(cp_group)}: "
-            "packed sequences are not split over the axis; train on unpacked sequences."
-        )
+        if state.contiguous():
+            return narrow_batch(batch, cp_group)
+        return original(batch, cp_group=cp_group)
 
     return _get_batch_on_this_cp_rank_per_document_balancing
 

@@ -19,15 +19,17 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_seqpar.attention import dist_flash_attention, kernels
+from megatron_seqpar.attention import Mask, dist_flash_attention, kernels
 from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.config import as_typed, is_default
 from megatron_seqpar.errors import KernelError, UnsupportedError
 from megatron_seqpar.integration import (
     arguments,
     axis,
+    documents,
     masks,
     measure,
+    packed,
     recompute,
     refusals,
     state,
@@ -171,18 +173,15 @@ class SeqParCoreAttention(MegatronModule):
 
         query: `[s_local, b, heads, head_dim]`, after rotary embedding, possibly strided.
         key, value: `[s_local, b, kv_heads, head_dim]`, likewise; kv_heads divides heads.
-        attention_mask: ignored; the mask is what `masks.of_layer` makes of `attn_mask_type` (the
-            constructor's when None).
+        attention_mask: document boundaries (`documents.boundaries`), else ignored: the mask is what
+            `masks.of_layer` makes of `attn_mask_type` (the constructor's when None), inside each
+            document.
+        packed_seq_params: documents laid end to end; the tensors, and what is returned, have no b.
         Returns `[s_local, b, heads * head_dim]` in the dtype of `query`.
-        Raises `UnsupportedError` for packed input, a bias, or a key/value cache.
+        Raises `UnsupportedError` for a bias or a key/value cache.
         """
         settings = state.config()
         context = arguments.context(settings)
-        if packed_seq_params is not None:
-            raise UnsupportedError(
-                f"packed_seq_params with {context}: packed (THD) input is not split over the "
-                "axis; train on unpacked sequences."
-            )
         if attention_bias is not None:
             raise UnsupportedError(
                 f"attention_bias with {context}: attention takes no bias; use rotary position "
@@ -193,6 +192,15 @@ class SeqParCoreAttention(MegatronModule):
                 f"{key.shape[0]} keys for {query.shape[0]} queries with {context}: generation "
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
+        seq_length = query.shape[0] * self._transport.size  # chunks are equal in training
+        inner = self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
+        mask: Mask | tuple[Mask, ...]
+        if packed_seq_params is not None:
+            packed.check(packed_seq_params, context)
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            mask = packed.mask_of(inner, packed_seq_params, seq_length)
+        else:
+            mask = documents.mask_of(inner, attention_mask, seq_length)
         transport, recorder = measure.current().attention(
             self._transport, query.device, self.layer_number
         )
@@ -202,7 +210,7 @@ class SeqParCoreAttention(MegatronModule):
             key,
             value,
             group=transport,
-            mask=self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type),
+            mask=mask,
             schedule=settings.schedule,
             node_size=self._node_size,
             cluster=self._cluster,
@@ -216,8 +224,9 @@ class SeqParCoreAttention(MegatronModule):
             return_lse=True,
             overlap=settings.overlap,
             recorder=recorder,
-            seq_length=query.shape[0] * self._transport.size,  # chunks are equal in training
+            seq_length=seq_length,
         )
         keepsake = recompute.current()
         output = compute()[0] if keepsake is None else keepsake.attend(compute)
-        return output.flatten(2)
+        output = output.flatten(2)
+        return output if packed_seq_params is None else output.squeeze(1)

@@ -3,7 +3,9 @@
 
 Stock Mamba and gated-delta-net layers gather the sequence over the context-parallel group and
 put the paired chunks back in order before the scan. Contiguous chunks are in order after the
-gather, so both directions are the identity.
+gather, so both directions are the identity, for packed batches too: there Mamba's state starts
+again in every document by `PackedSeqParams.seq_idx`, which numbers the tokens of the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ def wrap_load_balancing(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         if not state.contiguous() or cp_size == 1:
             return original(input_, cp_size, packed_seq_params)
-        if packed_seq_params is not None:
+        if packed_seq_params is not None and packed_seq_params.seq_idx is None:
             raise UnsupportedError(
-                f"packed_seq_params with --sequence-parallel-size {cp_size}: state-space layers "
-                "with packed sequences are not split over the axis; train on unpacked sequences."
+                f"packed_seq_params without seq_idx with --sequence-parallel-size {cp_size}: the "
+                "state of a state-space layer would flow from document to document. Make "
+                "PackedSeqParams with total_tokens, as pretrain_hybrid.py does."
             )
         return input_
 

@@ -18,7 +18,8 @@ from megatron_seqpar.attention.layouts import TokenLayout
 from megatron_seqpar.attention.schedules import explain, make_problem
 from megatron_seqpar.config import SeqParConfig, as_typed
 from megatron_seqpar.errors import ScheduleError, UnsupportedError
-from megatron_seqpar.integration import lengths, masks, nodes
+from megatron_seqpar.integration import documents, lengths, masks, nodes
+from megatron_seqpar.simulate import Cluster
 
 
 def heads_of(args: Any) -> dict[str, Any]:
@@ -82,7 +83,8 @@ class Planned:
 def of_run(args: Any, config: SeqParConfig) -> Iterator[Planned]:
     """The schedule for each different mask of the model's layers.
 
-    args: Megatron's validated arguments.
+    args: Megatron's validated arguments. With documents, whose ends only the data tells, a
+        schedule is built for two halves as well, to find out whether the asked one serves them.
     Raises `UnsupportedError` when the asked schedule does not serve one of them, `ClusterError`
     for an unknown `--seqpar-cluster`.
     """
@@ -96,23 +98,27 @@ def of_run(args: Any, config: SeqParConfig) -> Iterator[Planned]:
     sizes = {"layout": layout, "node_size": node_size, **heads_of(args)}
     cluster = nodes.cluster_of(config, node_size)
     for mask in masks.of_model(args):
+        halves = [mask]
+        if documents.expected(args):
+            halves.append(documents.within(mask, (0, seq_length // 2, seq_length), seq_length))
         try:
-            if config.schedule == "auto":
-                choice = explain(
-                    make_problem(mask=mask, **sizes),
-                    cluster=cluster,
-                    dtype=args.params_dtype,
-                    batch=args.micro_batch_size,
-                )
-                yield Planned(choice.schedule, choice.why())
-            else:
-                yield Planned(build_schedule(config.schedule, mask=mask, **sizes))
+            planned, *_ = [_planned(args, config, cluster, mask=each, **sizes) for each in halves]
         except ScheduleError as error:
             asked = ", ".join(as_typed(config, name) for name in ("schedule", "token_layout"))
             raise UnsupportedError(
                 f"{asked} with --sequence-parallel-size {layout.size} and a {mask.name} mask: "
                 f"{error}"
             ) from error
+        yield planned
+
+
+def _planned(args: Any, config: SeqParConfig, cluster: Cluster, **sizes: Any) -> Planned:
+    if config.schedule != "auto":
+        return Planned(build_schedule(config.schedule, **sizes))
+    choice = explain(
+        make_problem(**sizes), cluster=cluster, dtype=args.params_dtype, batch=args.micro_batch_size
+    )
+    return Planned(choice.schedule, choice.why())
 
 
 def check(args: Any, config: SeqParConfig) -> None:
@@ -120,3 +126,5 @@ def check(args: Any, config: SeqParConfig) -> None:
     for planned in of_run(args, config):
         if args.rank == 0:
             print(planned.line(args.params_dtype, args.micro_batch_size), flush=True)
+    if documents.expected(args) and args.rank == 0:
+        print("seqpar: documents get a schedule of their own in every micro-batch", flush=True)

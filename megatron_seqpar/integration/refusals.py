@@ -85,6 +85,22 @@ def _not_a_pair(value: Any) -> bool:
     )
 
 
+def _before_packed_pretraining(source: Any) -> bool:
+    """Whether the arguments are those of a Megatron older than 0.19."""
+    return not hasattr(source, "dataloader_inter_document_masking")
+
+
+def _packed_rows_matter(source: Any) -> bool:
+    stages = getattr(source, "pipeline_model_parallel_size", 1)
+    return packs(source) and (stages > 1 or bool(getattr(source, "num_experts", None)))
+
+
+def packs(source: Any) -> bool:
+    """Whether argument flags ask for packed (THD) batches."""
+    flags = ("sft", "dataloader_inter_document_masking")
+    return any(getattr(source, flag, False) for flag in flags)
+
+
 def _fused_latent_rope(source: Any) -> bool:
     return bool(
         state.contiguous()
@@ -125,27 +141,32 @@ REFUSALS: tuple[Refusal, ...] = (
         "a YAML file replaces the parsed arguments, and the axis with them",
         "Pass the settings as command line flags",
     ),
-    # Data that is not one causal sequence a sample.
+    # Data that is not one sequence a sample.
     Refusal(
         "--sft",
         "sft",
         is_set,
-        "it packs samples (THD layout), which are not split over the axis",
-        "Train on unpacked sequences",
-    ),
-    Refusal(
-        "--dataloader-inter-document-masking",
-        "dataloader_inter_document_masking",
-        is_set,
-        "it packs documents (THD layout), which are not split over the axis",
-        "Let tokens attend over the whole causal sequence",
+        "megatron-core before 0.19 slices packed samples elsewhere",
+        "Use megatron-core 0.19 or train on unpacked sequences",
+        when=_before_packed_pretraining,
     ),
     Refusal(
         "--reset-attention-mask",
         "reset_attention_mask",
         is_set,
-        "it makes a mask per document; the axis serves causal masks over the whole sequence",
-        "Drop --reset-attention-mask",
+        "megatron-core before 0.19 makes the mask of documents as an s x s matrix",
+        "Use megatron-core 0.19 or drop --reset-attention-mask",
+        BOTH,
+        when=_before_packed_pretraining,
+    ),
+    Refusal(
+        "--micro-batch-size",
+        "micro_batch_size",
+        _over_one,
+        "packed samples (--sft, --dataloader-inter-document-masking) are laid end to end, but "
+        "pipeline stages and mixture-of-experts layers count on one row a sample",
+        "Set --micro-batch-size 1",
+        when=_packed_rows_matter,
     ),
     Refusal(
         "--perform-rl-step",

@@ -79,13 +79,6 @@ ZIGZAG_REFUSALS: tuple[Refusal, ...] = (
         "packed documents are cut into contiguous chunks only",
         "Use --seqpar-token-layout contiguous",
     ),
-    Refusal(
-        "--reset-attention-mask",
-        "reset_attention_mask",
-        is_set,
-        "packed documents are cut into contiguous chunks only",
-        "Use --seqpar-token-layout contiguous",
-    ),
 )
 
 BY_SETTING: dict[str, tuple[Refusal, ...]] = {

@@ -3,7 +3,8 @@
 
 MTP trains position i on token i + 1 + d, so it rolls ids, labels and loss masks left. With
 contiguous chunks only the first element of each chunk crosses a boundary: it goes to the
-previous rank and becomes the last element there. The last rank gets a zero, as unsharded.
+previous rank and becomes the last element there. The last rank gets a zero, as unsharded, and in
+a packed batch so does the last token of every document.
 
 MTP also divides by the number of tokens left in the rolled loss mask. A count taken on one rank
 would weigh each rank alike however many tokens its mask keeps, so the count returned here is the
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import state
+from megatron_seqpar.integration import packed, state
 
 _inside_mtp_loss = False
 
@@ -53,6 +54,30 @@ def roll_left(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
     return rolled
 
 
+def _check_packed(tensor: torch.Tensor, dims: int, params: Any, group: dist.ProcessGroup) -> None:
+    context = f"--sequence-parallel-size {group.size()}"
+    packed.check(params, context)
+    if dims not in (-1, tensor.dim() - 1):
+        raise UnsupportedError(
+            f"roll_tensor(dims={dims}) of a packed batch with {context}: the token dim must be the "
+            "last one."
+        )
+
+
+def _ended(
+    rolled: torch.Tensor, tensor: torch.Tensor, params: Any, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`rolled` with a zero in the last token of every document of a packed batch, `[..., s]`.
+
+    Tokens behind the last document stay as they are in `tensor`, as in stock code.
+    """
+    cumulative = packed.cu_seqlens(params)
+    count, rank = tensor.shape[-1], group.rank()
+    last = packed.ends_document(cumulative, count, rank)
+    behind = packed.behind(cumulative, count, rank)
+    return torch.where(behind, tensor, rolled.masked_fill(last, 0))
+
+
 def mean_count(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum of `values` over the whole axis divided by P, a 0-d tensor of at least float32."""
     count = values.sum()
@@ -74,20 +99,19 @@ def wrap_roll_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if not state.active() or cp_group is None or cp_group.size() == 1 or tensor is None:
             return original(tensor, shifts, dims, cp_group, packed_seq_params)
-        if packed_seq_params is not None:
-            raise UnsupportedError(
-                f"packed_seq_params with --sequence-parallel-size {cp_group.size()}: rolling "
-                "packed sequences over the axis is not served; train on unpacked sequences."
-            )
         if shifts != -1:
             raise UnsupportedError(
                 f"roll_tensor(shifts={shifts}) with --sequence-parallel-size {cp_group.size()}: "
                 "only a shift of -1, the one multi-token prediction uses, crosses ranks."
             )
+        if packed_seq_params is not None:
+            _check_packed(tensor, dims, packed_seq_params, cp_group)
         if state.contiguous():
             rolled = roll_left(tensor, dims, cp_group)
         else:
             rolled, _ = original(tensor, shifts, dims, cp_group)
+        if packed_seq_params is not None:
+            rolled = _ended(rolled, tensor, packed_seq_params, cp_group)
         if _inside_mtp_loss or rolled.is_floating_point():
             return rolled, mean_count(rolled, cp_group)
         return rolled, rolled.sum()

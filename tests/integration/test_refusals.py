@@ -28,6 +28,7 @@ WRONG = {
     "sft": True,
     "dataloader_inter_document_masking": True,
     "reset_attention_mask": True,
+    "micro_batch_size": 2,
     "perform_rl_step": True,
     "vision_pretraining": True,
     "attention_dropout": 0.1,
@@ -55,12 +56,17 @@ WRONG = {
     "gtp_weight_remat_size": 2,
 }
 NEEDED = {
+    "micro_batch_size": {
+        "dataloader_inter_document_masking": True,
+        "pipeline_model_parallel_size": 2,
+    },
     "rope_type": {"multi_latent_attention": True, "apply_rope_fusion": True},
     "use_tp_pp_dp_mapping": {"pipeline_model_parallel_size": 2},
 }
 """What a row's further condition wants to see."""
 
 RIGHT = {
+    "micro_batch_size": 1,
     "rope_type": "rope",
     "context_parallel_size": 1,
     "attention_dropout": 0.0,
@@ -119,6 +125,26 @@ def test_fused_rotary_embedding_of_latent_attention_is_fine_in_the_order_it_assu
         refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
     state.set_config(SeqParConfig(sequence_parallel_size=2, token_layout="zigzag"))
     refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ({"sft": True, "num_experts": 4}, True),
+        ({"sft": True, "pipeline_model_parallel_size": 2}, True),
+        ({"sft": True, "dataloader_inter_document_masking": False}, False),
+        ({"num_experts": 4, "pipeline_model_parallel_size": 2}, False),
+        ({"reset_attention_mask": True, "pipeline_model_parallel_size": 2}, False),
+    ],
+)
+def test_several_samples_are_packed_into_one(more, refused):
+    values = {"micro_batch_size": 2, "dataloader_inter_document_masking": False, **more}
+    source = types.SimpleNamespace(**values)
+    if refused:
+        with pytest.raises(UnsupportedError, match=r"--micro-batch-size 2 with.*Set --micro"):
+            refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
+    else:
+        refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
 
 
 def test_all_reasons_are_told_at_once():

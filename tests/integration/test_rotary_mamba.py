@@ -46,13 +46,18 @@ def test_rotary_positions_are_those_of_the_ranks_tokens(installed, rank):
 
 
 def test_state_space_layers_keep_the_order(installed):
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.ssm import mamba_context_parallel as mamba
 
     sequence = torch.arange(12.0).view(12, 1, 1)
     assert torch.equal(mamba._undo_attention_load_balancing(sequence, 3), sequence)
     assert torch.equal(mamba._redo_attention_load_balancing(sequence, 3), sequence)
-    with pytest.raises(UnsupportedError, match="packed"):
-        mamba._undo_attention_load_balancing(sequence, 3, object())
+    pack = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 5, 12]), total_tokens=12)
+    assert pack.seq_idx[0, [0, 4, 5, 11]].tolist() == [0, 0, 1, 1]  # resets the state
+    assert torch.equal(mamba._undo_attention_load_balancing(sequence, 3, pack), sequence)
+    pack.seq_idx = None
+    with pytest.raises(UnsupportedError, match="packed_seq_params without seq_idx"):
+        mamba._undo_attention_load_balancing(sequence, 3, pack)
 
 
 def test_stock_order_without_the_axis(installed):

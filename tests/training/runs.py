@@ -28,8 +28,7 @@ MODEL = shlex.split(
 TRAINING = shlex.split(
     "--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
     "--lr-warmup-iters 5 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --eval-iters 0 "
-    "--eval-interval 1000 --log-interval 1 --split 100,0,0 --num-workers 0 "
-    "--no-create-attention-mask-in-dataloader"
+    "--eval-interval 1000 --log-interval 1 --split 100,0,0 --num-workers 0"
 )
 
 
@@ -45,7 +44,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs that are compared have in common."""
+    """What runs that are compared have in common.
+
+    dense_masks: the data loader makes masks where the run has a use for them.
+    """
 
     corpus: Corpus
     cache: Path
@@ -53,6 +55,7 @@ class Setting:
     steps: int = 50
     seq_length: int = 384
     mask: float | None = None
+    dense_masks: bool = False
     extra: tuple[str, ...] = ()
     model: tuple[str, ...] = tuple(MODEL)
 
@@ -81,6 +84,8 @@ class Setting:
         command = [sys.executable, "-m", "megatron_seqpar", "run", "--nproc", str(ranks)]
         command += ["--device", "cpu", *chain, *self.model, *TRAINING, *tokenizer_arguments()]
         command += ["--seq-length", length, "--max-position-embeddings", length]
+        if not self.dense_masks:
+            command += ["--no-create-attention-mask-in-dataloader"]
         command += ["--train-iters", str(self.steps), "--data-path", self.corpus.data_path]
         command += ["--data-cache-path", str(self.cache), "--seqpar-report", str(report)]
         path = os.pathsep.join([str(ROOT), str(TOOLS), os.environ.get("PYTHONPATH", "")])

@@ -37,8 +37,11 @@ def differences(ours: list[float], reference: list[float]) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True)]
 
 
-def check_same_run(ours: Trained, reference: Trained) -> None:
-    """Gradients, losses and gradient norms equal to rounding that fifty steps may amplify."""
+def check_same_run(ours: Trained, reference: Trained, learnt: float = 0.2) -> None:
+    """Gradients, losses and gradient norms equal to rounding that fifty steps may amplify.
+
+    learnt: the part of the first loss that training must have taken off.
+    """
     by_name = compare(ours.gradients, reference.gradients)
     worst = max(by_name, key=by_name.__getitem__)
     assert by_name[worst] < 1e-5, (worst, by_name[worst])
@@ -51,7 +54,7 @@ def check_same_run(ours: Trained, reference: Trained) -> None:
         assert max(apart) <= 1e-4, apart
     counted = "floating_point_operations_per_step"  # of the whole sequence, for Megatron's log
     assert ours.report["summary"][counted] == reference.report["summary"][counted] > 0
-    assert reference.losses[-1] < 0.8 * reference.losses[0], "the model must have learnt something"
+    assert reference.losses[-1] < (1 - learnt) * reference.losses[0], "nothing was learnt"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on documents that do not see each other: the axis against one process.
+
+`--reset-attention-mask` is compared with Megatron's own attention and dense mask in one process.
+Its own attention on the CPU takes no packed batch: packed runs are compared with the same
+documents unpacked, the same masks by another way through Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_seqpar.data import Corpus, JsonLines, StandardLibrary, prepare_corpus
+from tests.training.runs import Setting, Trained
+from tests.training.test_parity import check_same_run
+
+pytest.importorskip("megatron.training")
+
+RESET = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Documents of 1 to 900 characters of Python's library, most of them short."""
+    folder, draw = tmp_path_factory.mktemp("short"), random.Random(7)
+    text = next(StandardLibrary().documents()).text[:400_000]
+    at = 0
+    with (folder / "documents.jsonl").open("w") as lines:
+        while at < len(text):
+            size = min(900, 1 + int(draw.lognormvariate(3.5, 1.5)))
+            lines.write(json.dumps({"text": text[at : at + size]}) + "\n")
+            at += size
+    return prepare_corpus(JsonLines(folder / "documents.jsonl"), folder / "short")
+
+
+@pytest.fixture(scope="module")
+def setting(short: Corpus, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(
+        short, cache, tmp_path_factory.mktemp("runs"), steps=STEPS, dense_masks=True, extra=RESET
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(setting: Setting) -> Trained:
+    """One process, Megatron's own attention, a dense mask in the data loader."""
+    return setting.train("one-rank", 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, "--sequence-parallel-size 2", id="sp2"),
+        pytest.param(3, "--sequence-parallel-size 3", id="sp3"),
+        pytest.param(
+            4,
+            "--sequence-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+            "--seqpar-schedule ring",
+            id="sp2-tp2-tpsp",
+        ),
+        pytest.param(1, "--seqpar-kernel cpu", id="one-rank-our-attention"),
+    ],
+)
+def test_documents_reset_the_mask(
+    setting: Setting, reference: Trained, ranks: int, layout: str, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    check_same_run(setting.train(name, ranks, *shlex.split(layout)), reference, learnt=0.1)

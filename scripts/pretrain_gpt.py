@@ -18,8 +18,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -27,32 +29,37 @@ from megatron.core.utils import (
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 Batch = dict[str, torch.Tensor | None]
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     """The next micro-batch, cut to this rank's tokens.
 
     Shapes: every entry `[b, s_local]` but the attention mask, which is None or `[b, 1, s, s]`.
-    Pipeline stages that neither embed nor compute a loss get None for all.
+    With `--dataloader-inter-document-masking` samples are laid end to end, `[1, b * s_local]`, and
+    the ends of documents in the whole are `cu_seqlens`, `[1, n + 1]`. Pipeline stages that neither
+    embed nor compute a loss get None for all but those.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(KEYS)
     args = get_args()
+    packed = args.dataloader_inter_document_masking
+    if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
+        return dict.fromkeys((*KEYS, *PACKED_KEYS))
     batch: Batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:  # the others receive it from here
         assert data_iterator is not None
         loaded = next(data_iterator)
-        for key in KEYS:
+        for key in (*KEYS, *PACKED_KEYS):
             value = loaded.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -67,7 +74,26 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        flatten_batch_for_packed_sequences(batch),
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
+    )
+
+
+def packing(batch: Batch) -> PackedSeqParams | None:
+    """What the model is told of a packed micro-batch; None for one that is not."""
+    if batch["cu_seqlens"] is None or batch["max_seqlen"] is None:
+        return None
+    ends, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    update_seqlen_stats_from_cu_seqlens(ends)  # for the FLOP count of the log
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
     )
 
 
@@ -95,6 +121,7 @@ def forward_step(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packing(batch),
     )
     return output, partial(loss_func, batch["loss_mask"])
 
@@ -119,12 +146,12 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> list[A
         create_attention_mask=args.create_attention_mask_in_dataloader,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
     def reads_data() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
+        needed = is_first_or_last_pipeline_stage(vp_stage) or args.dataloader_inter_document_masking
+        return mpu.get_tensor_model_parallel_rank() == 0 and bool(needed)
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     built: list[Any] = BlendedMegatronDatasetBuilder(dataset, samples, reads_data, config).build()

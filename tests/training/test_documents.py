@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on documents that do not see each other: the axis against one process.
 
-`--reset-attention-mask` is compared with Megatron's own attention and dense mask in one process.
-Its own attention on the CPU takes no packed batch: packed runs are compared with the same
-documents unpacked, the same masks by another way through Megatron.
+The reference is Megatron's own attention and dense mask in one process. It takes no packed batch on
+the CPU; a packed run trains on the same samples, with rotary positions that start again in every
+document, which changes no difference of positions and so no attention.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shlex
@@ -22,6 +23,7 @@ from tests.training.test_parity import check_same_run
 pytest.importorskip("megatron.training")
 
 RESET = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
+PACKED = ("--dataloader-inter-document-masking", "--eod-mask-loss")
 STEPS = 12
 
 
@@ -52,22 +54,40 @@ def reference(setting: Setting) -> Trained:
     return setting.train("one-rank", 1)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        pytest.param(2, "--sequence-parallel-size 2", id="sp2"),
-        pytest.param(3, "--sequence-parallel-size 3", id="sp3"),
-        pytest.param(
-            4,
-            "--sequence-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
-            "--seqpar-schedule ring",
-            id="sp2-tp2-tpsp",
-        ),
-        pytest.param(1, "--seqpar-kernel cpu", id="one-rank-our-attention"),
-    ],
-)
+LAYOUTS = [
+    pytest.param(2, "--sequence-parallel-size 2", id="sp2"),
+    pytest.param(3, "--sequence-parallel-size 3", id="sp3"),
+    pytest.param(
+        4,
+        "--sequence-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        id="sp2-tp2-tpsp",
+    ),
+    pytest.param(1, "--seqpar-kernel cpu", id="one-rank-our-attention"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
 def test_documents_reset_the_mask(
     setting: Setting, reference: Trained, ranks: int, layout: str, request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id
     check_same_run(setting.train(name, ranks, *shlex.split(layout)), reference, learnt=0.1)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def test_documents_are_packed(
+    setting: Setting, reference: Trained, ranks: int, layout: str, request: pytest.FixtureRequest
+) -> None:
+    packed = dataclasses.replace(setting, extra=PACKED)
+    run = packed.train("packed-" + request.node.callspec.id, ranks, *shlex.split(layout))
+    check_same_run(run, reference, learnt=0.1)
+
+
+def test_several_samples_in_a_micro_batch(setting: Setting) -> None:
+    """Each with documents of its own: in one batch with a mask a sample, or all laid end to end."""
+    several = ("--micro-batch-size", "2")
+    reference = setting.train("one-rank-2", 1, *several)
+    layout = ("--sequence-parallel-size", "2", *several)
+    check_same_run(setting.train("sp2-2", 2, *layout), reference, learnt=0.1)
+    packed = dataclasses.replace(setting, extra=PACKED).train("packed-sp2-2", 2, *layout)
+    check_same_run(packed, reference, learnt=0.1)

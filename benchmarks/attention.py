@@ -33,12 +33,17 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
 
-from megatron_seqpar.attention import LocalTransport, ProcessGroupTransport, dist_flash_attention
+from megatron_seqpar.attention import (
+    LocalTransport,
+    ProcessGroupTransport,
+    TokenLayout,
+    dist_flash_attention,
+)
 
 Step = Callable[[], None]
 
 
-def _step(tokens: int, heads: int, kv_heads: int, dim: int, **options: Any) -> Step:
+def step(tokens: int, heads: int, kv_heads: int, dim: int, **options: Any) -> Step:
     """One forward and backward pass over `tokens` local tokens."""
     q, k, v = (torch.randn(1, tokens, h, dim).requires_grad_() for h in (heads, kv_heads, kv_heads))
     dout = torch.randn(1, tokens, heads, dim)
@@ -52,19 +57,27 @@ def _step(tokens: int, heads: int, kv_heads: int, dim: int, **options: Any) -> S
     return run
 
 
-def _seconds(step: Step) -> float:
+def layout_of(size: int, length: int, *, zigzag: bool) -> TokenLayout:
+    """Who owns which tokens."""
+    if zigzag:
+        return TokenLayout.zigzag(size, length)
+    return TokenLayout.contiguous(size, seq_length=length)
+
+
+def seconds_of(run: Step) -> float:
+    """Time until all ranks are done."""
     dist.barrier()
     start = time.perf_counter()
-    step()
+    run()
     dist.barrier()
     return time.perf_counter() - start
 
 
-def _alone(step: Step) -> float:
+def _alone(run: Step) -> float:
     """Time of rank 0 alone; the other rank sleeps until it is done."""
     start = time.perf_counter()
     if dist.get_rank() == 0:
-        step()
+        run()
     seconds = torch.tensor(time.perf_counter() - start)
     dist.broadcast(seconds, 0)
     return seconds.item()
@@ -77,19 +90,19 @@ def _rank(rank: int, port: int, lengths: list[int], rounds: int, sizes: dict, re
     assert dist.group.WORLD is not None
     transport = ProcessGroupTransport(dist.group.WORLD)
     for length in lengths:
-        whole = _step(length, **sizes, group=LocalTransport())
+        whole = step(length, **sizes, group=LocalTransport())
         ways = {
-            "balanced": _step(length // 2, **sizes, group=transport, schedule="balanced"),
-            "no_overlap": _step(
+            "balanced": step(length // 2, **sizes, group=transport, schedule="balanced"),
+            "no_overlap": step(
                 length // 2, **sizes, group=transport, schedule="balanced", overlap=False
             ),
-            "ring": _step(length // 2, **sizes, group=transport, schedule="ring"),
+            "ring": step(length // 2, **sizes, group=transport, schedule="ring"),
         }
         for warm_up in ways.values():
-            _seconds(warm_up)
+            seconds_of(warm_up)
         for number in range(rounds):
-            row = {"one_rank": _alone(whole), "one_rank_busy": _seconds(whole)}
-            row |= {name: _seconds(step) for name, step in ways.items()}
+            row = {"one_rank": _alone(whole), "one_rank_busy": seconds_of(whole)}
+            row |= {name: seconds_of(run) for name, run in ways.items()}
             if rank == 0:
                 shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row.items())
                 print(f"{length} tokens, round {number + 1}/{rounds}: {shown}", flush=True)

@@ -248,6 +248,11 @@ class Ranges:
                 raise ScheduleError(f"kind={kind!r}: use full, causal, inverse or both")
             low = kv[0] - q[0] if kind in ("inverse", "both") else None
             high = kv[1] - q[1] if kind in ("causal", "both") else None
+            if low is not None and high is not None and low > high:
+                raise ScheduleError(
+                    f"ranges: kind='both' of queries {q} and keys {kv} needs as many keys as "
+                    "queries, or more"
+                )
             made.append(Region(Span(*q), Span(*kv), low, high))
         return cls(tuple(made))
 

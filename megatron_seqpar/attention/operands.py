@@ -62,11 +62,14 @@ class Operands:
         if len(parts) == 1:
             return parts[0]
         dims = _TOKEN_DIMS.get(payload, (1,) * len(parts[0]))
-        self._joined[key] = tuple(
-            torch.cat(pieces, dim)
-            for pieces, dim in zip(zip(*parts, strict=True), dims, strict=True)
-        )
-        return self._joined[key]
+        by_tensor = zip(zip(*parts, strict=True), dims, strict=True)
+        joined = tuple(torch.cat(pieces, dim) for pieces, dim in by_tensor)
+        self._joined[key] = joined
+        # what arrived is now held twice: let its buffers go
+        held = self.held[payload, heads]
+        for there in [part for part in held if part.meet(span) == part]:
+            held[there] = _narrow(payload, joined, there.within(span), span.size)
+        return joined
 
     def _parts(self, payload: Payload, span: Span, heads: Span) -> Iterator[Tensors]:
         held = sorted(self.held[payload, heads].items())

@@ -105,6 +105,8 @@ def test_ranges_that_share_a_pair_are_refused() -> None:
         apart.regions(7)
     with pytest.raises(ScheduleError, match="kind='diagonal': use full, causal, inverse or both"):
         Ranges.of([((0, 8), (0, 8), "diagonal")])
+    with pytest.raises(ScheduleError, match="needs as many keys as queries"):
+        Ranges.of([((0, 8), (0, 7), "both")])
 
 
 def test_masks_from_text() -> None:

@@ -46,6 +46,9 @@ def _check(pool: GlooPool, ranks: tuple[int, ...], lengths: tuple[int, ...], **o
             query_heads=4,
             kv_heads=2,
             head_dim=16,
+            dtype=torch.float64,
+            device="cpu",
+            batch=2,
         )
         for group_rank, (_, messages, sent) in enumerate(results):
             both = ("forward", "backward")

@@ -75,7 +75,7 @@ def test_odd_chunks_idle_as_little_as_said() -> None:
 
 def test_tables_are_there() -> None:
     assert len(ROWS) == 8
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 7
     listed = re.findall(r"^\| `([a-z0-9]+)` \| ", ATTENTION, re.MULTILINE)
     assert listed == [record.name for record in KERNELS]
 

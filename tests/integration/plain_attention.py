@@ -40,8 +40,12 @@ def attend(
     value: torch.Tensor,
     scale: float,
     options: dict[str, Any],
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query `[s, b, h, d]`, key and value `[s, b, h_kv, d]` -> `[s, b, h * d_v]`."""
+    """query `[s, b, h, d]`, key and value `[s, b, h_kv, d]` -> `[s, b, h * d_v]`.
+
+    attention_mask: Megatron's, `[b, 1, s, s]`, True where a key is hidden whatever the options say.
+    """
     share = query.shape[2] // key.shape[2]
     key, value = (tensor.repeat_interleave(share, dim=2) for tensor in (key, value))
     scores = torch.einsum("ibhd,jbhd->bhij", query, key) * scale
@@ -49,6 +53,8 @@ def attend(
     if cap:
         scores = cap * torch.tanh(scores / cap)
     hidden = ~visible(len(query), options)
+    if attention_mask is not None:
+        hidden = hidden | attention_mask
     probabilities = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
     return torch.einsum("bhij,jbhd->ibhd", probabilities, value).flatten(2)
 
@@ -63,8 +69,10 @@ def install(options: dict[str, Any]) -> None:
         scale = kwargs.get("softmax_scale")
         self.scale = config.kv_channels**-0.5 if scale is None else scale
 
-    def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        return attend(query, key, value, self.scale, options)
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        return attend(query, key, value, self.scale, options, mask)
 
     DotProductAttention.__init__ = __init__
     DotProductAttention.forward = forward

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_seqpar.attention.layouts import TokenLayout
 from megatron_seqpar.config import SeqParConfig
-from megatron_seqpar.integration import install, loss, roll, state
+from megatron_seqpar.integration import axis, install, loss, nodes, roll, state
 from megatron_seqpar.integration.batch import narrow, narrow_batch
 from tests.support.pool import GlooPool
 
@@ -149,8 +150,17 @@ def mtp_gradient(hidden, labels, mask, config, group, process):
     return hidden.grad
 
 
-def check_mtp(rank, mask_name, per_token):
+def cut(tensor, dim, rank, size, layout):
+    """A rank's tokens of a whole tensor."""
+    if layout == "contiguous":
+        return narrow(tensor, dim, rank, size)
+    pieces = TokenLayout.zigzag(size, tensor.shape[dim]).pieces[rank]
+    return torch.cat([tensor.narrow(dim, piece.start, piece.size) for piece in pieces], dim)
+
+
+def check_mtp(rank, mask_name, per_token, layout):
     install(SeqParConfig())
+    torch.cuda.current_device = lambda: "cpu"  # where stock code receives
     from megatron.core.transformer import multi_token_prediction as mtp
 
     config = MTPConfig(calculate_per_token_loss=per_token)
@@ -162,23 +172,54 @@ def check_mtp(rank, mask_name, per_token):
         mask = MASKS[mask_name](n).expand(2, n).clone()
         state.set_config(SeqParConfig())
         whole = mtp_gradient(hidden, labels, mask, config, None, mtp.process_mtp_loss)
-        state.set_config(SeqParConfig(sequence_parallel_size=size))
+        state.set_config(SeqParConfig(sequence_parallel_size=size, token_layout=layout))
         own = mtp_gradient(
-            narrow(hidden, 1, here, size),
-            narrow(labels, 1, here, size),
-            narrow(mask, 1, here, size),
+            cut(hidden, 1, here, size, layout),
+            cut(labels, 1, here, size, layout),
+            cut(mask, 1, here, size, layout),
             config,
             group,
             mtp.process_mtp_loss,
         )
         # hidden of depth 0 carries the main loss, which this test makes a plain sum.
-        expected, got = narrow(whole, 1, here, size)[1:], own[1:]
+        expected, got = cut(whole, 1, here, size, layout)[1:], own[1:]
         if not per_token:
             got = got / size
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("mask_name", ["none masked", "first rank masked", "uneven"])
-def test_mtp_loss_average_is_exact(pool, mask_name, per_token):
-    pool.run(check_mtp, mask_name, per_token)
+def test_mtp_loss_average_is_exact(pool, mask_name, per_token, layout):
+    pool.run(check_mtp, mask_name, per_token, layout)
+
+
+def check_stock_slicing(rank):
+    """The order that stock code cuts in is the zigzag token layout's."""
+    install(SeqParConfig())
+    from megatron.core import utils
+
+    for group, here, size in groups(rank):
+        state.set_config(SeqParConfig(sequence_parallel_size=size, token_layout="zigzag"))
+        tokens = torch.arange(24).view(2, 12)
+        slicer = utils._get_batch_on_this_cp_rank_per_sequence_balancing
+        batch = slicer({"tokens": tokens.clone(), "labels": None}, cp_group=group)
+        assert torch.equal(batch["tokens"], cut(tokens, 1, here, size, "zigzag"))
+        assert batch["labels"] is None
+
+
+def test_zigzag_batches_are_cut_by_stock_code(pool):
+    pool.run(check_stock_slicing)
+
+
+def check_cluster(rank):
+    """Every rank of an axis reckons with the cluster that its first rank sees."""
+    nodes.cluster_of = lambda config, node_size: f"seen by {rank}, {node_size} a node"
+    for group, here, size in groups(rank):
+        first = dist.get_global_rank(group, 0)
+        assert axis._shared_cluster(group, size) == f"seen by {first}, {size} a node", here
+
+
+def test_one_cluster_for_an_axis(pool):
+    pool.run(check_cluster)

@@ -47,6 +47,7 @@ class Setting:
     """What runs that are compared have in common.
 
     dense_masks: the data loader makes masks where the run has a use for them.
+    script: what is run, behind scripts that change something first and then run the next.
     """
 
     corpus: Corpus
@@ -58,6 +59,7 @@ class Setting:
     dense_masks: bool = False
     extra: tuple[str, ...] = ()
     model: tuple[str, ...] = tuple(MODEL)
+    script: tuple[Path, ...] = (ROOT / "scripts" / "pretrain_gpt.py",)
 
     def train(
         self,
@@ -75,7 +77,7 @@ class Setting:
         folder.mkdir(parents=True)
         gradients, report = folder / "gradients.pt", folder / "report.json"
         chain = [str(TOOLS / "dump_gradients.py"), str(gradients)]
-        chain += [str(ROOT / "scripts" / "pretrain_gpt.py")]
+        chain += [str(path) for path in self.script]
         if self.mask is not None:
             chain = [str(TOOLS / "mask_tokens.py"), str(self.mask), *chain]
         if plain is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shlex
 from pathlib import Path
@@ -17,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from megatron_seqpar.data import Corpus, JsonLines, StandardLibrary, prepare_corpus
-from tests.training.runs import Setting, Trained
-from tests.training.test_parity import check_same_run
+from tests.training.runs import TOOLS, Setting, Trained
+from tests.training.test_parity import check_same_run, differences
 
 pytest.importorskip("megatron.training")
 
+CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 RESET = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
 PACKED = ("--dataloader-inter-document-masking", "--eod-mask-loss")
 STEPS = 12
@@ -91,3 +93,60 @@ def test_several_samples_in_a_micro_batch(setting: Setting) -> None:
     check_same_run(setting.train("sp2-2", 2, *layout), reference, learnt=0.1)
     packed = dataclasses.replace(setting, extra=PACKED).train("packed-sp2-2", 2, *layout)
     check_same_run(packed, reference, learnt=0.1)
+
+
+def test_stages_between_attend_inside_documents_too(setting: Setting) -> None:
+    """From one checkpoint: one process, and three pipeline stages with our attention.
+
+    Megatron seeds stages apart, hence the checkpoint, and hands no mask to the one between.
+    """
+    folder = str(setting.folder / "checkpoint")
+    model = ("--num-layers", "3", "--lr-decay-iters", str(STEPS))
+    start = dataclasses.replace(setting, steps=2)
+    start.train("start", 1, *model, "--save", folder, "--save-interval", "2")
+    reference = setting.train("one-rank-3-layers", 1, *model)
+    resumed = dataclasses.replace(setting, steps=STEPS - 2)
+    stages = ("--pipeline-model-parallel-size", "3", "--seqpar-kernel", "cpu", "--load", folder)
+    stages += ("--train-iters", str(STEPS), "--override-opt_param-scheduler")
+    for name, extra in (("masked", RESET), ("packed", PACKED)):
+        run = dataclasses.replace(resumed, extra=extra).train("pp3-" + name, 3, *model, *stages)
+        for ours, expected in (
+            (run.losses, reference.losses[2:]),
+            (run.grad_norms, reference.grad_norms[2:]),
+        ):
+            assert max(differences(ours, expected)) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def conversations(setting: Setting) -> Setting:
+    """Runs of Megatron's own `pretrain_gpt.py --sft`, in samples of 381 = 3 x 127 tokens."""
+    path, draw = setting.folder / "conversations.jsonl", random.Random(3)
+    text = next(StandardLibrary().documents()).text
+    with path.open("w") as lines:
+        for _ in range(60):
+            messages = []
+            for _ in range(draw.randint(1, 12)):
+                at, asked, answered = (draw.randint(1, most) for most in (100_000, 20, 120))
+                messages += [
+                    {"role": "system", "content": "#"},
+                    {"role": "user", "content": text[at : at + asked]},
+                    {"role": "assistant", "content": text[at + asked : at + asked + answered]},
+                ]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return dataclasses.replace(
+        setting,
+        corpus=dataclasses.replace(setting.corpus, data_path=str(path)),
+        seq_length=381,
+        extra=("--sft", "--null-tokenizer-pad-id", "1"),
+        script=(TOOLS / "sft_text.py", Path(str(CHECKOUT)) / "pretrain_gpt.py"),
+    )
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+@pytest.mark.parametrize("options", ["", "--micro-batch-size 2", "--mtp-num-layers 1"])
+def test_conversations_are_packed(conversations: Setting, options: str) -> None:
+    """Unpadded, whatever their lengths; prompts do not count, so neither do whole chunks."""
+    name, more = options.replace(" ", ""), shlex.split(options)
+    reference = conversations.train("sft-one-rank" + name, 1, "--seqpar-kernel", "cpu", *more)
+    layout = ("--sequence-parallel-size", "3")
+    check_same_run(conversations.train("sft-sp3" + name, 3, *layout, *more), reference, learnt=0.1)

@@ -108,16 +108,19 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         config = state.config()
         refuse_by_setting(args, config, refusals.ARGUMENTS)
-        if not config.active:
-            if config.replaces_core_attention:
-                refusals.refuse(args, context(config), refusals.CONFIG)
+        if not config.replaces_core_attention:
             return original(args, *rest, **kwargs)
+        from megatron_seqpar.integration import plan  # imports Megatron's core
+
+        if not config.active:
+            refusals.refuse(args, context(config), refusals.CONFIG)
+            result = original(args, *rest, **kwargs)
+            plan.check(args, config)
+            return result
         _refuse_late(args, config)
         result = _validate_without_pairing(original, args, rest, kwargs, config)
         _refuse_late(args, config)
         refuse_by_setting(args, config, refusals.ARGUMENTS)
-        from megatron_seqpar.integration import plan  # imports Megatron's core
-
         plan.check(args, config)
         return result
 

@@ -122,9 +122,13 @@ def _planned(args: Any, config: SeqParConfig, cluster: Cluster, **sizes: Any) ->
 
 
 def check(args: Any, config: SeqParConfig) -> None:
-    """Build the run's schedules and print them on global rank 0. Raises as `of_run`."""
+    """Build the run's schedules and print them on global rank 0 of a run with the axis.
+
+    Raises as `of_run`.
+    """
+    speaks = config.active and getattr(args, "rank", None) == 0
     for planned in of_run(args, config):
-        if args.rank == 0:
+        if speaks:
             print(planned.line(args.params_dtype, args.micro_batch_size), flush=True)
-    if documents.expected(args) and args.rank == 0:
+    if speaks and documents.expected(args):
         print("seqpar: documents get a schedule of their own in every micro-batch", flush=True)

@@ -140,6 +140,15 @@ def test_the_first_rank_says_it(capsys):
     assert "causal attention over 256 tokens on 4 ranks (8 query and 2 KV heads each)" in line
 
 
+def test_one_rank_is_checked_and_says_nothing(capsys):
+    plan.check(arguments(), asked(sequence_parallel_size=1, mask="prefix:64"))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UnsupportedError, match=r"--seqpar-schedule balanced, .* a prefix mask"):
+        plan.check(
+            arguments(), asked(sequence_parallel_size=1, mask="prefix:64", schedule="balanced")
+        )
+
+
 def test_auto_says_what_it_chose_and_why(capsys):
     config = asked(cluster="dgx-h100")
     args = arguments(micro_batch_size=2)

@@ -132,6 +132,12 @@ def test_checkpoints_go_through_stock_megatron_and_back(tmp_path, one_rank):
         (2, (*SP2, "--attention-dropout", "0.1"), "--attention-dropout 0.1 with"),
         (2, (*SP2, "--seq-length", "95"), "nearest lengths that work: 94 or 96"),
         (2, ("--sequence-parallel-size", "3"), "multiple of 3 processes, but 2 were started"),
+        (
+            2,
+            (*SP2, "--seqpar-schedule", "balanced", "--window-size", "20,0"),
+            "--seqpar-schedule balanced, --seqpar-token-layout contiguous with",
+        ),
+        (1, ("--seqpar-kernel", "cpu", "--seqpar-softcap", "30"), "--seqpar-softcap 30.0: kernel="),
     ],
 )
 def test_bad_input_ends_with_one_clear_error(processes, arguments, text):

@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TWO_HOSTS = ROOT / "scripts" / "two_hosts.sh"
 MIB = 2**20
 WAYS = ("no_overlap", "overlap")
+FAR_OFF = 0.1
 CASES = (
     "balanced:1",
     "solver:1:window:2048",
@@ -144,8 +145,11 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         for way in WAYS
     }
     simulated = predicted(found)
+    tiles = statistics.median(row["no_overlap"]["sums"]["tile"] for row in rounds)
     return {
         **found,
+        "tile_seconds_in_rounds": tiles,
+        "transfers_over_tiles": found["transfer_seconds_alone"] / tiles,
         "bound": bound(plan_of(found), found["ranks_per_host"]),
         "seconds": seconds,
         "waiting_seconds": {
@@ -209,7 +213,7 @@ def show(cases: list[dict[str, Any]]) -> None:
             case["schedule"],
             case["mask"],
             str(case["ranks"]),
-            f"{case['compute_seconds']:.2f}",
+            f"{case['tile_seconds_in_rounds']:.2f}",
             f"{case['transfer_seconds_alone']:.2f}",
             f"{case['rate_bytes_per_second'] / MIB:.1f}",
             f"{case['seconds']['no_overlap']['step']:.2f}",
@@ -219,6 +223,13 @@ def show(cases: list[dict[str, Any]]) -> None:
             f"{off['no_overlap']['step']:.2f}, {off['overlap']['step']:.2f}",
         )
     Console(width=130).print(table)
+    for case in cases:
+        share = case["transfers_over_tiles"]
+        if abs(share - 1) > FAR_OFF:
+            print(
+                f"{case['schedule']}, {case['mask']}: the machine's speed changed while this ran; "
+                f"transfers took {share:.2f} of what tiles took, not 1. Run it on a quiet machine."
+            )
 
 
 def main(

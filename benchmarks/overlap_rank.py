@@ -7,8 +7,9 @@ In one run of one set of processes:
    spends in its tiles;
 2. the link is limited until the transfers of a step, alone, take as long: they are timed by running
    the very schedule with a kernel that computes nothing;
-3. tiles of many sizes and messages are timed for the simulator;
-4. rounds: a step with overlap and one without, in turn, the order changing from round to round;
+3. messages of some sizes are timed for the simulator;
+4. rounds: tiles of many sizes for the simulator, a step with overlap and one without, in an order
+   that changes from round to round, so that a machine whose speed drifts does not decide;
 5. one step of each kind is traced.
 
 Rank 0 writes what was found as JSON, every rank its traces.
@@ -23,7 +24,8 @@ import socket
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +43,12 @@ from megatron_seqpar.attention.measure import measure_links, measure_tiles, shap
 from megatron_seqpar.attention.recorder import Labelled, TimedRecorder
 from megatron_seqpar.attention.transport import Transport, transport_of
 from megatron_seqpar.attention.watch import WatchedTransport
+from megatron_seqpar.simulate.calibrate import TileRow
 from megatron_seqpar.telemetry import trace
 from megatron_seqpar.telemetry.attention_bars import attention_bars, transfer_bars
 
 PASSES = ("forward", "backward")
-BURST = 128 * 1024  # bytes that the limiter lets through at once: two segments of the network stack
+BURST = 32 * 1024  # bytes that the limiter lets through at once: three packets of the link
 LATENCY = "100ms"  # longest queue of the limiter
 RATE_ROUNDS = 5
 CLOSE_ENOUGH = 0.03
@@ -196,6 +199,10 @@ def case_name(schedule: str, mask: str, ranks_per_host: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{schedule} {mask} {ranks_per_host}")
 
 
+def _median_row(rows: Sequence[TileRow]) -> TileRow:
+    return replace(rows[0], seconds=statistics.median(row.seconds for row in rows))
+
+
 def plan_of(case: dict[str, Any]) -> Schedule:
     """The schedule of a case, described as in the result."""
     schedule, size, tokens = case["schedule"], case["ranks"], case["tokens"]
@@ -223,7 +230,7 @@ def main(
     kv_heads: Annotated[int, typer.Option()] = 2,
     dim: Annotated[int, typer.Option()] = 64,
     rounds: Annotated[int, typer.Option()] = 5,
-    repeats: Annotated[int, typer.Option(help="Of each measured tile and message.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Of each measured message.")] = 3,
 ) -> None:
     """Measure; see the text at the top of this file."""
     torch.set_num_threads(1)
@@ -249,16 +256,18 @@ def main(
     rate, alone = find_rate(work, size, compute)
 
     longest = max(max(t.q.size, t.kv.size) for s in plan.steps(0) for t in s.tiles)
-    dist.barrier()  # all ranks at once, as in a step
-    tiles = measure_tiles(
-        shapes_up_to(longest), device="cpu", dtype=torch.float32, repeats=repeats, **sizes
-    )
     links = measure_links(
-        sizes=(1 << 10, 1 << 16, 1 << 20, 1 << 22), node_size=ranks_per_host, repeats=repeats
+        sizes=(1 << 18, 1 << 20, 1 << 22), node_size=ranks_per_host, repeats=repeats
     )
 
-    measured = []
+    measured, tiles = [], []
     for number in range(rounds):
+        dist.barrier()  # all ranks at once, as in a step
+        tiles.append(
+            measure_tiles(
+                shapes_up_to(longest), device="cpu", dtype=torch.float32, repeats=1, **sizes
+            )
+        )
         row: dict[str, Any] = {}
         for overlap in (True, False) if number % 2 else (False, True):
             found = work.step(overlap)
@@ -286,7 +295,7 @@ def main(
             "bytes_between_hosts_per_step": size,
             "rounds": measured,
             "traced": traced,
-            "tile_rows": [asdict(row) for row in tiles],
+            "tile_rows": [asdict(_median_row(same)) for same in zip(*tiles, strict=True)],
             "link_rows": [asdict(row) for row in links],
         }
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

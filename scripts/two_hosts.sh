@@ -98,7 +98,7 @@ ip -n "$NAME-1" address add "$PEER/30" dev link1
 for host in 0 1; do
     ip -n "$NAME-$host" link set "link$host" up
     if [[ -n "$rate" ]]; then
-        tc -n "$NAME-$host" qdisc add dev "link$host" root tbf rate "$rate" burst 128kb latency 50ms ||
+        tc -n "$NAME-$host" qdisc add dev "link$host" root tbf rate "$rate" burst 32kb latency 100ms ||
             fail "--rate $rate: tc does not take it; use a value such as 200mbit"
     fi
 done

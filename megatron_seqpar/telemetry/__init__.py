@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements of one rank: bytes it sends, memory it uses. Imports torch only, and lazily.
 
-traffic.py   bytes and calls through torch.distributed, by kind of operation
-memory.py    peak memory of this process
-perfetto.py  trace files: bars on tracks, one process a rank
+traffic.py         bytes and calls through torch.distributed, by kind of operation
+memory.py          peak memory of this process
+perfetto.py        trace files: bars on tracks, one process a rank
+trace.py           traces of ranks in files, joined on one clock
+attention_bars.py  bars from what attention's recorder and watched transport kept
 """

@@ -95,6 +95,33 @@ def test_several_samples_in_a_micro_batch(setting: Setting) -> None:
     check_same_run(packed, reference, learnt=0.1)
 
 
+@pytest.mark.parametrize("flag", ["--reset-attention-mask", "--reset-position-ids"])
+def test_each_flag_alone(setting: Setting, flag: str) -> None:
+    alone = dataclasses.replace(
+        setting, extra=(flag, "--position-embedding-type", "learned_absolute")
+    )
+    reference = alone.train("one-rank" + flag, 1)
+    run = alone.train("sp2" + flag, 2, "--sequence-parallel-size", "2")
+    check_same_run(run, reference, learnt=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+def test_hybrid_model(setting: Setting) -> None:
+    at = setting.model.index("--num-layers")
+    hybrid = dataclasses.replace(
+        setting,
+        model=setting.model[:at] + setting.model[at + 2 :],
+        script=(Path(str(CHECKOUT)) / "pretrain_hybrid.py",),
+    )
+    spec = ("--spec", "local_hybrid_spec", "hybrid_stack_spec", "--hybrid-layer-pattern", "*-*-")
+    reference = hybrid.train("hybrid", 1, *spec)
+    for name, extra in (("masked", RESET), ("packed", PACKED)):
+        split = dataclasses.replace(hybrid, extra=extra)
+        run = split.train("hybrid-" + name, 2, *spec, "--sequence-parallel-size", "2")
+        check_same_run(run, reference, learnt=0.1)
+
+
 def test_stages_between_attend_inside_documents_too(setting: Setting) -> None:
     """From one checkpoint: one process, and three pipeline stages with our attention.
 

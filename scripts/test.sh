@@ -29,4 +29,6 @@ done
 seqpar_setup dev
 cd "$SEQPAR_REPO"
 seqpar_say "tests"
-exec "$SEQPAR_VENV/bin/python" -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
+# two workers, whatever the machine: many tests start ranks of their own; a file stays on one worker
+exec "$SEQPAR_VENV/bin/python" -m pytest -n 2 --dist loadfile \
+    ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -29,9 +29,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# more queues to the GPU than streams, so that streams depend on each other only as told
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -232,4 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # more queues to the GPU than streams, so that streams depend on each other only as told;
+    # read when CUDA starts, which is later
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     sys.exit(main())

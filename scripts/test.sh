@@ -29,6 +29,14 @@ done
 seqpar_setup dev
 cd "$SEQPAR_REPO"
 seqpar_say "tests"
-# two workers, whatever the machine: many tests start ranks of their own; a file stays on one worker
-exec "$SEQPAR_VENV/bin/python" -m pytest -n 2 --dist loadfile \
-    ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
+pytest=("$SEQPAR_VENV/bin/python" -m pytest ${select[@]+"${select[@]}"})
+if [[ ${#arguments[@]} -gt 0 ]]; then
+    exec "${pytest[@]}" "${arguments[@]}"
+fi
+# tests that compute in their own process share two workers; the others start ranks of their own,
+# with time limits, and run one after the other
+alone=(tests/attention tests/simulate tests/commands tests/data tests/telemetry tests/test_repository.py)
+status=0
+"${pytest[@]}" -n 2 --dist loadfile "${alone[@]}" || status=$?
+"${pytest[@]}" "${alone[@]/#/--ignore=}" || status=$?
+exit "$status"

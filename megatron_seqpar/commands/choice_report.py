@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,8 @@ from .schedule_report import human_bytes
 def print_choice(choice: Choice, *, everything: bool) -> None:
     """Print why, and with `everything` the table of all candidates."""
     # a pipe wraps nothing
-    console = Console(width=max(110, shutil.get_terminal_size((110, 24)).columns))
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    console = Console(width=max(110, terminal))
     if everything:
         console.print(_table(choice))
     goal = "least time" if choice.objective == "time" else "fewest bytes"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -28,7 +29,7 @@ def print_report(schedule: Schedule, shown: Schedule, dtype: str) -> None:
     """Print both passes' totals of `schedule`, and the steps of `shown` (one of its passes)."""
     item_size(dtype)  # an unknown dtype fails before anything is printed
     steps = len(shown.plan[0])
-    terminal = shutil.get_terminal_size((120, 24)).columns
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     # a pipe wraps nothing, so the grid may be as wide as it needs to be
     console = Console(width=max(terminal, _CELL * (steps + 1)))
     console.print(describe(schedule, dtype), highlight=False, style="bold")

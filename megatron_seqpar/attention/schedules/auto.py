@@ -29,7 +29,7 @@ STAND_INS = {"cpu": "laptop", "cuda": "dgx-h100"}
 # masks of more regions than this are planned anew for every batch: only what is quick to build and
 # balances irregular work is tried
 MANY_REGIONS = 8
-FOR_MANY_REGIONS = ("solver", "ulysses", "allgather")
+FOR_MANY_REGIONS = ("solver", "allgather")
 
 
 @dataclass(frozen=True)

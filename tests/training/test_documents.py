@@ -26,7 +26,7 @@ pytest.importorskip("megatron.training")
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 RESET = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
 PACKED = ("--dataloader-inter-document-masking", "--eod-mask-loss")
-STEPS = 12
+STEPS = 50
 
 
 @pytest.fixture(scope="module")

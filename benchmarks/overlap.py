@@ -194,7 +194,7 @@ def train(folder: Path, rate: float, tokens: int) -> dict[str, Any]:
     merged = trace.merged_path(traces / "step-000003")
     return {
         "summary": content["summary"],
-        "trace": str(merged),
+        "trace": str(merged.relative_to(folder)),
         "by_rank": {str(rank): totals for rank, totals in trace.summary(merged).items()},
     }
 
@@ -262,7 +262,7 @@ def main(
     result: dict[str, Any] = {**machine.describe(), "dtype": "float32", "cases": found}
     if training_tokens:
         result["training"] = train(work, found[0]["rate_bytes_per_second"], training_tokens)
-        print(f"trace of a training step: {result['training']['trace']}")
+        print(f"trace of a training step: {work / result['training']['trace']}")
     if output is not None:
         machine.write(result, output)
         overlap_plot.save(found, work, output.with_suffix(".png"))

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from benchmarks.volumes import published
 from megatron_seqpar.attention import Causal, Documents, Full, Mask, SlidingWindow, TokenLayout
 from megatron_seqpar.attention.schedules import BUILDERS, build_schedule, explain, make_problem
 from megatron_seqpar.errors import ClusterError, ScheduleError
@@ -78,30 +79,6 @@ def test_few_heads_and_slow_links_between_nodes_get_a_schedule_for_nodes() -> No
     assert choice.why().startswith(choice.schedule.name)
 
 
-def _least_by_formula(size: int, tokens: int, heads: int, kv_heads: int, dim: int) -> float:
-    """The least that the published schedules send, all ranks and both passes, bf16.
-
-    Forward: queries q, keys and values kv, outputs o (with an LSE of 4 bytes) a token; backward's
-    Q-routes move q, dout and two statistics and bring dq back; KV-routes bring dk and dv back.
-    """
-    q, kv = 2 * heads * dim, 2 * 2 * kv_heads * dim
-    out, stats = q + 4 * heads, 8 * heads
-    kv_route, q_route = 3 * kv, (q + out) + (2 * q + stats) + q
-    n = tokens / size
-    pairs_kv = sum(max(0, size - t) for t in range(1, (size + 1) // 2))
-    pairs_q = sum(t for t in range(1, (size + 1) // 2))
-    balanced = n * (pairs_kv * kv_route + pairs_q * q_route)
-    if size % 2 == 0:  # LightSeq leaves half of the ranks idle in the last step
-        balanced += n * size / 2 * kv_route
-    return min(
-        balanced,
-        n * size * (size - 1) * kv_route,  # ring, all-gather
-        0.75 * n * size * (size - 1) * kv_route,  # direct zigzag
-        # Ulysses where heads divide
-        n * (size - 1) * (kv_route + q_route) if kv_heads % size == 0 else float("inf"),
-    )
-
-
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32])
 def test_by_bytes_auto_sends_no_more_than_the_published_schedules(group: int) -> None:
     for size in (2, 3, 4, 5, 8, 13, 16, 32):
@@ -110,7 +87,7 @@ def test_by_bytes_auto_sends_no_more_than_the_published_schedules(group: int) ->
             size=size, seq_length=tokens, query_heads=32, kv_heads=32 // group, head_dim=128
         )
         choice = explain(problem, objective="bytes")
-        least = _least_by_formula(size, tokens, 32, 32 // group, 128)
+        least = min(published(size, 32 // group, chunk=256).values())
         assert choice.candidates[0].bytes_total <= least * (1 + 1e-9), (size, choice.why())
         assert choice.schedule.verify()
 

@@ -2,6 +2,7 @@
 """Runs of scripts through the launcher: what they are given, and what failures look like."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,25 +64,26 @@ def test_help_after_the_script_is_the_scripts_in_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "blocks", "summary"),
+    ("failure", "status", "block", "summary"),
     [
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             137,
-            ["[rank 0/2] error: lost the connection to another rank"],
+            # rank 0 finds the connection closed, or is stopped before it does
+            r"\[rank 0/2\] (error: lost the connection to|stopped:) another rank",
             "megatron-seqpar: rank 1 was killed by SIGKILL",
         ),
         (
             "raise SeqParError('--size 3 does not divide 8')",
             1,
-            ["[rank 1/2] error: --size 3 does not divide 8"],
+            r"\[rank 1/2\] error: --size 3 does not divide 8",
             "megatron-seqpar: rank 1 failed with exit code 1; all ranks stopped",
         ),
     ],
     ids=["killed", "seqpar-error"],
 )
 def test_a_rank_that_fails_stops_the_run_with_a_few_lines(
-    failure: str, status: int, blocks: list[str], summary: str, tmp_path: Path
+    failure: str, status: int, block: str, summary: str, tmp_path: Path
 ) -> None:
     script = write(tmp_path, "fails.py", COLLECTIVES.format(failure=failure))
     start = time.monotonic()
@@ -89,8 +91,7 @@ def test_a_rank_that_fails_stops_the_run_with_a_few_lines(
     assert time.monotonic() - start < 90
     assert run.status == status, run.stderr
     lines = run.error_lines
-    for block in blocks:
-        assert sum(line.startswith(block) for line in lines) == 1, run.stderr
+    assert sum(re.match(block, line) is not None for line in lines) == 1, run.stderr
     assert lines[-1].startswith(summary), run.stderr
     assert "Traceback" not in run.stderr
     assert len(lines) <= 4

@@ -103,9 +103,41 @@ class SeqParConfig:
     recompute: str = _flag(
         "none",
         "--seqpar-recompute",
-        "'attention-output' repeats each layer in backward except its attention, whose output "
-        "is kept; it takes the place of Megatron's --recompute-granularity.",
-        choices=("none", "attention-output"),
+        "What is computed again in backward. 'mlp': the MLP. 'attention-qkv': all but what "
+        "attention's backward wants, so queries, keys, values and its output are kept. "
+        "'attention-output': all but attention, whose output alone is kept. It takes the place of "
+        "Megatron's --recompute-granularity, and attention and its transfers never run again.",
+        choices=("none", "mlp", "attention-qkv", "attention-output"),
+    )
+    mlp_chunks: str = _flag(
+        "off",
+        "--seqpar-mlp-chunks",
+        "Compute MLPs in N pieces of the sequence, so that their intermediate activations are "
+        "those of one piece. 'auto' takes as few pieces as the memory budget allows, none if all "
+        "fits, and says so before the first step.",
+        metavar="{auto,N,off}",
+    )
+    loss_chunks: str = _flag(
+        "off",
+        "--seqpar-loss-chunks",
+        "Compute logits, cross entropy and their gradients in N pieces of the sequence. 'auto' as "
+        "for --seqpar-mlp-chunks.",
+        metavar="{auto,N,off}",
+    )
+    memory_budget: float | None = _flag(
+        None,
+        "--seqpar-memory-budget",
+        "Memory of one rank in GiB that 'auto' chunks reckon with. By default that of its GPU, or "
+        "its share of the machine's.",
+        metavar="GIB",
+        number=float,
+    )
+    offload: str = _flag(
+        "none",
+        "--seqpar-offload",
+        "'stash' keeps what --seqpar-recompute attention-output keeps of each layer, its input and "
+        "attention's output, in pinned host memory until backward wants it.",
+        choices=("none", "stash"),
     )
     overlap: bool = _flag(
         True,
@@ -169,6 +201,12 @@ class SeqParConfig:
                 f"{self.sequence_parallel_size}: every node must hold as many ranks of the axis; "
                 "use a divisor of the size."
             )
+        for name in ("mlp_chunks", "loss_chunks"):
+            chunk_count(self, name)
+        if self.memory_budget is not None and not 0.0 < self.memory_budget < float("inf"):
+            raise UnsupportedError(
+                f"--seqpar-memory-budget {self.memory_budget}: the budget must be positive, in GiB."
+            )
         try:
             masks.as_mask(self.mask)
         except ScheduleError as error:
@@ -219,7 +257,9 @@ class SeqParConfig:
     @property
     def reason_without_axis(self) -> str | None:
         """The first flag, with its value, that asks for our core attention whatever the size."""
-        names = ("kernel", "mask", "softcap", "recompute")
+        names = ["kernel", "mask", "softcap"]
+        if self.recompute == "attention-output":
+            names.append("recompute")
         asked = (as_typed(self, name) for name in names if not is_default(self, name))
         return next(asked, None)
 
@@ -230,6 +270,27 @@ FIELDS = {field.name: field for field in dataclasses.fields(SeqParConfig)}
 def is_default(config: SeqParConfig, field_name: str) -> bool:
     """Whether a setting has the value it has when its flag is not given."""
     return bool(getattr(config, field_name) == FIELDS[field_name].default)
+
+
+AUTO = "auto"
+
+
+def chunk_count(config: SeqParConfig, field_name: str) -> int | None:
+    """How many pieces `mlp_chunks` or `loss_chunks` asks for; 0 for off, None for auto.
+
+    Raises `UnsupportedError` for any other text.
+    """
+    text = getattr(config, field_name).strip()
+    if text == AUTO:
+        return None
+    if text == "off":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise UnsupportedError(
+            f"{as_typed(config, field_name)}: neither auto, off nor a number of pieces. "
+            "Use auto, off or 1 or more."
+        )
+    return int(text)
 
 
 def as_typed(config: SeqParConfig, field_name: str) -> str:

@@ -8,9 +8,22 @@ time. A hook that finds the axis inactive calls the stock function, so an instal
 
 from __future__ import annotations
 
-from megatron_seqpar.config import SeqParConfig
+from dataclasses import dataclass
+
+from megatron_seqpar.config import SeqParConfig, as_typed, chunk_count
+from megatron_seqpar.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class ChosenChunks:
+    """What `auto` chose: pieces of the sequence for MLPs and for the loss, 0 for off."""
+
+    mlp: int
+    loss: int
+
 
 _config = SeqParConfig()
+_chosen: ChosenChunks | None = None
 
 
 def config() -> SeqParConfig:
@@ -20,8 +33,8 @@ def config() -> SeqParConfig:
 
 def set_config(config: SeqParConfig) -> None:
     """Replace the settings in force."""
-    global _config
-    _config = config
+    global _config, _chosen
+    _config, _chosen = config, None
 
 
 def active() -> bool:
@@ -35,3 +48,36 @@ def contiguous() -> bool:
     With the zigzag token layout stock code cuts, numbers and rolls tokens as it always does.
     """
     return _config.active and _config.token_layout == "contiguous"
+
+
+def set_chosen(chosen: ChosenChunks) -> None:
+    """Put `auto`'s choice into force, until the settings change."""
+    global _chosen
+    _chosen = chosen
+
+
+def mlp_chunks() -> int:
+    """Pieces of the sequence that MLPs are computed in; 0: as stock code does, 1: recomputed whole.
+
+    Raises `UnsupportedError` for auto before anything has chosen.
+    """
+    asked = chunk_count(_config, "mlp_chunks")
+    return _automatic("mlp_chunks").mlp if asked is None else asked
+
+
+def loss_chunks() -> int:
+    """Pieces of the sequence that logits and loss are computed in; 0: as stock code does.
+
+    Raises `UnsupportedError` for auto before anything has chosen.
+    """
+    asked = chunk_count(_config, "loss_chunks")
+    return _automatic("loss_chunks").loss if asked is None else asked
+
+
+def _automatic(name: str) -> ChosenChunks:
+    if _chosen is None:
+        raise UnsupportedError(
+            f"{as_typed(_config, name)}: auto chooses by the arguments of Megatron's training "
+            "loop, and this model is built without them. Give a number or off."
+        )
+    return _chosen

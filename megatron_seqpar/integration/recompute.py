@@ -40,6 +40,11 @@ class Keepsake:
         self._recorded = False
         self._position = 0
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the layer has run; a run is a repetition then."""
+        return self._recorded
+
     def begin(self) -> None:
         """The layer runs: for the first time, or again."""
         self._position = 0
@@ -70,6 +75,12 @@ _current: ContextVar[Keepsake | None] = ContextVar("seqpar_keepsake", default=No
 def current() -> Keepsake | None:
     """The store of the layer that is running, None outside of recomputed layers."""
     return _current.get()
+
+
+def replaying() -> bool:
+    """Whether a checkpointed layer is being run again, by backward. False in its backward itself."""
+    keepsake = _current.get()
+    return keepsake is not None and keepsake.recorded
 
 
 def checkpointed(

@@ -94,6 +94,31 @@ def test_gradients_are_bitwise_equal_and_attention_runs_once(size):
 
 def test_nothing_is_kept_outside_of_a_layer():
     assert recompute.current() is None
+    assert not recompute.replaying()
+
+
+class Watched(torch.autograd.Function):
+    """The identity; notes in `seen` whether a layer is being repeated, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, tensor, seen):
+        ctx.seen = seen
+        seen.append(("forward", recompute.replaying()))
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.seen.append(("backward", recompute.replaying()))
+        return gradient, None
+
+
+def test_a_layer_knows_that_it_is_repeated():
+    seen: list[tuple[str, bool]] = []
+    hidden = torch.ones(1, requires_grad=True)
+    out = recompute.checkpointed(lambda x: Watched.apply(x, seen), hidden, reentrant)
+    assert not recompute.replaying()
+    out.sum().backward()
+    assert seen == [("forward", False), ("forward", True), ("backward", False)]
 
 
 def test_a_failing_layer_leaves_no_store_behind():

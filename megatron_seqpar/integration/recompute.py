@@ -78,7 +78,7 @@ def current() -> Keepsake | None:
 
 
 def replaying() -> bool:
-    """Whether a checkpointed layer is being run again, by backward. False in its backward itself."""
+    """Whether a checkpointed layer is being run again; False in the backward that follows."""
     keepsake = _current.get()
     return keepsake is not None and keepsake.recorded
 

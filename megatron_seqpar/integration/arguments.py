@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_seqpar import config as settings
-from megatron_seqpar.config import SeqParConfig
+from megatron_seqpar.config import AUTO, SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import documents, lengths, refusals, state
 from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
@@ -68,6 +68,10 @@ def fold(args: Any) -> None:
         # A mask of s x s booleans would be the largest tensor of a long-context run.
         args.create_attention_mask_in_dataloader = documents.dataloader_makes_marks(args)
     setattr(args, _FOLDED, True)
+    if AUTO in (config.mlp_chunks, config.loss_chunks):
+        from megatron_seqpar.integration import memory_plan
+
+        memory_plan.install()
     if config.report is not None:
         from megatron_seqpar.integration import report
 

@@ -244,6 +244,11 @@ class SeqParConfig:
         return self.sequence_parallel_size > 1
 
     @property
+    def keeps_attention(self) -> bool:
+        """Whether what attention returns is kept while other parts of a layer are repeated."""
+        return self.recompute in ("attention-qkv", "attention-output")
+
+    @property
     def replaces_core_attention(self) -> bool:
         """Whether Megatron's core attention gives way to ours.
 
@@ -258,7 +263,7 @@ class SeqParConfig:
     def reason_without_axis(self) -> str | None:
         """The first flag, with its value, that asks for our core attention whatever the size."""
         names = ["kernel", "mask", "softcap"]
-        if self.recompute == "attention-output":
+        if self.keeps_attention:
             names.append("recompute")
         asked = (as_typed(self, name) for name in names if not is_default(self, name))
         return next(asked, None)

@@ -31,6 +31,7 @@ from megatron_seqpar.integration import (
     measure,
     packed,
     recompute,
+    recompute_parts,
     refusals,
     state,
 )
@@ -192,6 +193,9 @@ class SeqParCoreAttention(MegatronModule):
                 f"{key.shape[0]} keys for {query.shape[0]} queries with {context}: generation "
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
+        if settings.recompute == recompute_parts.ATTENTION_QKV and not self.config.qk_layernorm:
+            # Else values are a view that keeps queries and keys from before their rotation.
+            value = value.contiguous()
         seq_length = query.shape[0] * self._transport.size  # chunks are equal in training
         inner = self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         mask: Mask | tuple[Mask, ...]

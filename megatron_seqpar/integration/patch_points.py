@@ -165,9 +165,15 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     ),
     PatchPoint(
         "megatron.core.transformer.transformer_layer.TransformerLayer.forward",
-        recompute.wrap_transformer_layer_forward,
+        recompute.wrap_layer_forward,
         _ALL,
-        "recomputes a layer without repeating attention, when asked",
+        "recomputes a layer without repeating attention, or its norms, when asked",
+    ),
+    PatchPoint(
+        "megatron.core.ssm.mamba_layer.MambaLayer.forward",
+        recompute.wrap_layer_forward,
+        _ALL,
+        "recomputes the Mamba layers of a hybrid model with its others, when asked",
     ),
     PatchPoint(
         "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",

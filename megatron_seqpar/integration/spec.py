@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from megatron_seqpar.config import as_typed
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, state
+from megatron_seqpar.integration import arguments, recompute_parts, state
 
 FIELD = "core_attention"
 
@@ -98,6 +99,8 @@ def audit(model: torch.nn.Module) -> int:
 def wrap_model_init(original: Callable[..., None], spec_names: tuple[str, ...]) -> Any:
     """Patch for a language model's `__init__`: rewrite its specs, build it, audit it.
 
+    What the model is to repeat in backward is set up as well.
+
     spec_names: the constructor's arguments that hold specs.
     """
     signature = inspect.signature(original)
@@ -106,6 +109,7 @@ def wrap_model_init(original: Callable[..., None], spec_names: tuple[str, ...]) 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if not state.config().replaces_core_attention:
             original(self, *args, **kwargs)
+            recompute_parts.prepare(self)
             return
         bound = signature.bind(self, *args, **kwargs)
         for name in spec_names:
@@ -113,6 +117,7 @@ def wrap_model_init(original: Callable[..., None], spec_names: tuple[str, ...]) 
                 bound.arguments[name] = with_seqpar_attention(bound.arguments[name])
         original(*bound.args, **bound.kwargs)
         audit(self)
+        recompute_parts.prepare(self)
 
     return __init__
 
@@ -133,19 +138,27 @@ def wrap_mamba_model_init(original: Callable[..., None]) -> Any:
 
 
 def wrap_stock_attention_init(original: Callable[..., None]) -> Any:
-    """Patch for the constructor of a stock core attention: refuse it while the axis is active.
+    """Patch for the constructor of a stock core attention: refuse it where ours is needed.
 
-    The last line of defence, for models that no other patch rewrites (BERT, T5, vision): with
-    Transformer Engine they would otherwise attend in an order their tokens are not in.
+    The last line of defence, for models that no other patch rewrites (BERT, T5, vision): with the
+    axis and Transformer Engine they would otherwise attend in an order their tokens are not in,
+    and with our recomputation their attention would be repeated after all.
     """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if state.active():
+        config = state.config()
+        if config.active:
             raise UnsupportedError(
-                f"{arguments.context(state.config())}: a model builds {type(self).__name__}, "
+                f"{arguments.context(config)}: a model builds {type(self).__name__}, "
                 "which does not attend over the axis. Models built on GPTModel or HybridModel "
                 "are served; use tensor parallelism for others."
+            )
+        if config.keeps_attention:
+            raise UnsupportedError(
+                f"{as_typed(config, 'recompute')}: a model builds {type(self).__name__}, which "
+                "keeps something else for backward. Models built on GPTModel or HybridModel are "
+                "served; use --recompute-granularity for others."
             )
         original(self, *args, **kwargs)
 

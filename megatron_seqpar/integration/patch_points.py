@@ -13,6 +13,7 @@ from megatron_seqpar.integration import (
     documents,
     loss,
     mamba,
+    mlp,
     packed,
     recompute,
     roll,
@@ -174,6 +175,24 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         recompute.wrap_layer_forward,
         _ALL,
         "recomputes the Mamba layers of a hybrid model with its others, when asked",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.mlp.MLP.__init__",
+        mlp.wrap_mlp_init,
+        _ALL,
+        "refuses, when the model is built, what MLPs in pieces do not go together with",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.mlp.MLP.forward",
+        mlp.wrap_mlp_forward,
+        _ALL,
+        "computes MLPs in pieces of the sequence, and again in backward, when asked",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.transformer_layer.TransformerLayer._forward_mlp",
+        mlp.wrap_forward_mlp,
+        _ALL,
+        "a recomputed layer does not compute an MLP's output that nobody reads",
     ),
     PatchPoint(
         "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__",

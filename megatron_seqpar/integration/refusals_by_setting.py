@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_seqpar.config import SeqParConfig, as_typed, is_default
 from megatron_seqpar.integration.refusals import BOTH, Refusal, is_set, refuse
+from megatron_seqpar.integration.refusals_mlp import CHUNK_REFUSALS, refuse_pieces
 
 RECOMPUTE_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -85,6 +86,7 @@ BY_SETTING: dict[str, tuple[Refusal, ...]] = {
     "recompute": RECOMPUTE_REFUSALS,
     "mask": MASK_REFUSALS,
     "token_layout": ZIGZAG_REFUSALS,
+    "mlp_chunks": CHUNK_REFUSALS,
 }
 """Field of `SeqParConfig` -> its table."""
 
@@ -94,3 +96,5 @@ def refuse_by_setting(source: Any, config: SeqParConfig, scope: str) -> None:
     for name, table in BY_SETTING.items():
         if not is_default(config, name):
             refuse(source, as_typed(config, name), scope, table=table)
+    if is_default(config, "mlp_chunks"):  # the table of mlp_chunks has these rows
+        refuse_pieces(source, config, scope)

@@ -54,6 +54,13 @@ WRONG = {
     "inprocess_restart": True,
     "use_tp_pp_dp_mapping": True,
     "gtp_weight_remat_size": 2,
+    "tp_comm_overlap": True,
+    "delay_wgrad_compute": True,
+    "mlp_chunks_for_training": 2,
+    "recompute_modules": ["core_attn", "mlp"],
+    "use_transformer_engine_op_fuser": True,
+    "use_kitchen": True,
+    "num_experts": 8,
 }
 NEEDED = {
     "micro_batch_size": {
@@ -153,7 +160,12 @@ def test_all_reasons_are_told_at_once():
         refusals.refuse(source, "--sequence-parallel-size 2", refusals.ARGUMENTS)
 
 
-SETTINGS = {"recompute": "attention-output", "mask": "prefix:64", "token_layout": "zigzag"}
+SETTINGS = {
+    "recompute": "attention-output",
+    "mask": "prefix:64",
+    "token_layout": "zigzag",
+    "mlp_chunks": "4",
+}
 """A value of each setting with a table that is not its default."""
 
 
@@ -171,6 +183,53 @@ def test_rows_of_a_setting_apply_with_it_only(setting, row):
     assert row.alternative in text
     setattr(source, row.attribute, None)
     refuse_by_setting(source, asked, row.scopes[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ({"num_experts": 8, "moe_layer_freq": 1}, True),
+        ({"num_experts": 8, "moe_layer_freq": [1, 1]}, True),
+        ({"num_experts": 8, "moe_layer_freq": 2}, False),
+        ({"num_experts": 8, "moe_layer_freq": [0, 1]}, False),
+        ({"num_experts": 8, "seqpar_mlp_chunks": "auto"}, False),
+        ({"num_experts": 8, "moe_shared_expert_intermediate_size": 64}, False),
+        (
+            {
+                "num_experts": 8,
+                "moe_shared_expert_intermediate_size": 64,
+                "moe_shared_expert_overlap": True,
+            },
+            True,
+        ),
+        ({"num_experts": 8, "hybrid_layer_pattern": "M-E*"}, False),
+        ({"num_experts": 8, "hybrid_layer_pattern": "ME*"}, True),
+        ({"hybrid_layer_pattern": "M*"}, True),
+        ({"num_experts": None, "hybrid_layer_pattern": None}, False),
+    ],
+)
+def test_pieces_of_mlps_want_an_mlp(values, refused):
+    source = types.SimpleNamespace(**{"seqpar_mlp_chunks": "4", **values})
+    asked = SeqParConfig(mlp_chunks=source.seqpar_mlp_chunks)
+    if refused:
+        with pytest.raises(UnsupportedError, match=r"with --seqpar-mlp-chunks 4: .* Use --"):
+            refuse_by_setting(source, asked, refusals.ARGUMENTS)
+    else:
+        refuse_by_setting(source, asked, refusals.ARGUMENTS)
+
+
+@pytest.mark.parametrize(("recompute", "refused"), [("mlp", True), ("attention-output", False)])
+def test_mlps_that_are_only_recomputed_have_the_refusals_of_pieces(recompute, refused):
+    source = types.SimpleNamespace(tp_comm_overlap=True, num_experts=8)
+    asked = SeqParConfig(recompute=recompute)
+    if refused:
+        with pytest.raises(UnsupportedError) as caught:
+            refuse_by_setting(source, asked, refusals.ARGUMENTS)
+        text = str(caught.value)
+        assert text.startswith(f"--tp-comm-overlap True with --seqpar-recompute {recompute}")
+        assert "--num-experts" not in text
+    else:
+        refuse_by_setting(source, asked, refusals.ARGUMENTS)
 
 
 def test_scopes_keep_apart_what_a_model_config_cannot_know():

@@ -3,10 +3,10 @@
 
     megatron-seqpar run --nproc 1 tests/integration/plain_attention.py OPTIONS SCRIPT ARGS
 
-OPTIONS is a JSON object with any of `window` [left, right], `sinks`, `prefix`, `softcap`. It is
-the reference for what stock Megatron cannot do on a CPU (latent attention) or not at all (prefix
-masks, sink tokens, bounded logits), and shares no code with the package: one dense matrix of which
-token sees which, and one softmax.
+OPTIONS is a JSON object with any of `window` [left, right], `everything` N (every N-th layer has
+no window), `sinks`, `prefix`, `softcap`. It is the reference for what stock Megatron cannot do on a
+CPU (latent attention) or not at all (prefix masks, sink tokens, bounded logits), and shares no code
+with the package: one dense matrix of which token sees which, and one softmax.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def of_layer(options: dict[str, Any], number: int) -> dict[str, Any]:
+    """The options of one layer, counted from 1."""
+    if number % options.get("everything", number + 1) == 0:
+        return {name: value for name, value in options.items() if name != "window"}
+    return options
 
 
 def visible(length: int, options: dict[str, Any]) -> torch.Tensor:
@@ -64,15 +71,16 @@ def install(options: dict[str, Any]) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.module import MegatronModule
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
         MegatronModule.__init__(self, config=config)
+        self.options = of_layer(options, layer_number)
         scale = kwargs.get("softmax_scale")
         self.scale = config.kv_channels**-0.5 if scale is None else scale
 
     def forward(
         self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        return attend(query, key, value, self.scale, options, mask)
+        return attend(query, key, value, self.scale, self.options, mask)
 
     DotProductAttention.__init__ = __init__
     DotProductAttention.forward = forward

@@ -92,26 +92,11 @@ VARIANTS = {
 }
 
 
-class KnownGroups:
-    """`new_group`, but the same ranks get the same group again: each keeps its threads for ever."""
-
-    def __init__(self, new_group: Any) -> None:
-        self.new_group, self.known = new_group, {}
-
-    def __call__(self, ranks: Any = None, **options: Any) -> Any:
-        key = tuple(ranks or ()), options.get("backend"), options.get("group_desc")
-        if key not in self.known:
-            self.known[key] = self.new_group(ranks, **options)
-        return self.known[key]
-
-
 def settle(config: SeqParConfig) -> None:
     """Megatron's groups with these settings, in a worker of the pool."""
     from megatron_seqpar import cpu_runtime
 
     cpu_runtime.activate()
-    if not isinstance(dist.new_group, KnownGroups):
-        dist.new_group = KnownGroups(dist.new_group)
     install(config)
     state.set_config(config)
     from megatron.core import parallel_state

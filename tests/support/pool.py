@@ -21,9 +21,30 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+START_SECONDS = 240.0
+"""Until all workers have started."""
+
 
 class WorkerError(AssertionError):
     """A worker failed or fell silent."""
+
+
+class KnownGroups:
+    """`new_group`, but the same ranks get the same group again: each keeps its threads for ever.
+
+    Models built one after the other in a worker, each with Megatron's dozens of groups, would
+    otherwise leave thousands of threads behind.
+    """
+
+    def __init__(self, new_group: Callable[..., Any]) -> None:
+        self.new_group = new_group
+        self.known: dict[Any, Any] = {}
+
+    def __call__(self, ranks: Any = None, **options: Any) -> Any:
+        key = tuple(ranks or ()), options.get("backend"), options.get("group_desc")
+        if key not in self.known:
+            self.known[key] = self.new_group(ranks, **options)
+        return self.known[key]
 
 
 def _free_port() -> int:
@@ -41,14 +62,19 @@ def _work(rank: int, size: int, port: int, pipe: Connection, stderr: str) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    pipe.send(None)  # up: importing torch may take long on a busy machine
     while (order := pipe.recv()) is not None:
         function, args = order
         try:
+            if not dist.is_initialized():  # all are up, so nobody waits for a process to start
+                patience = timedelta(seconds=60)
+                dist.init_process_group("gloo", rank=rank, world_size=size, timeout=patience)
+                dist.new_group = KnownGroups(dist.new_group)
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class GlooPool:
@@ -59,6 +85,7 @@ class GlooPool:
         self.folder = tempfile.TemporaryDirectory()
         context, port = mp.get_context("spawn"), _free_port()
         self.pipes, self.processes = [], []
+        self.up = False
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -78,20 +105,29 @@ class GlooPool:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """`function(rank, *args)` on every worker; results in rank order."""
+        if not self.up:
+            self._answers(START_SECONDS)
+            self.up = True
         for pipe in self.pipes:
             pipe.send((function, args))
-        deadline, results = time.monotonic() + timeout, []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                tail = Path(self._stderr(rank)).read_text()[-2000:]
-                self.stop()
-                raise WorkerError(f"rank {rank} said nothing for {timeout} s; its stderr: {tail}")
-            good, result = pipe.recv()
+        results = []
+        for rank, (good, result) in enumerate(self._answers(timeout)):
             if not good:
                 self.stop()
                 raise WorkerError(f"rank {rank} failed:\n{result}")
             results.append(result)
         return results
+
+    def _answers(self, timeout: float) -> list[Any]:
+        """What every worker says next, in rank order."""
+        deadline, answers = time.monotonic() + timeout, []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                tail = Path(self._stderr(rank)).read_text()[-2000:]
+                self.stop()
+                raise WorkerError(f"rank {rank} said nothing for {timeout} s; its stderr: {tail}")
+            answers.append(pipe.recv())
+        return answers
 
     def stop(self) -> None:
         """End the workers."""

@@ -219,6 +219,12 @@ class SeqParConfig:
                     f"{field.metadata['flag']} {value}: unknown value. Use one of: "
                     f"{', '.join(choices)}."
                 )
+        if self.offload != "none" and self.recompute != "attention-output":
+            raise UnsupportedError(
+                f"--seqpar-offload {self.offload} with --seqpar-recompute {self.recompute}: it "
+                "moves what a layer keeps that is run again whole. Add --seqpar-recompute "
+                "attention-output, or drop --seqpar-offload."
+            )
         self.traced(1)  # checks the ranges
 
     def traced(self, step: int) -> bool:

@@ -194,8 +194,7 @@ class SeqParCoreAttention(MegatronModule):
                 "with a key/value cache is not served; load the checkpoint without the plugin."
             )
         if settings.recompute == recompute_parts.ATTENTION_QKV and not self.config.qk_layernorm:
-            # Else values are a view that keeps queries and keys from before their rotation.
-            value = value.contiguous()
+            value = recompute_parts.alone(value, query, key)
         seq_length = query.shape[0] * self._transport.size  # chunks are equal in training
         inner = self._mask(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         mask: Mask | tuple[Mask, ...]

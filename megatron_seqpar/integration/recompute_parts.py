@@ -27,7 +27,8 @@ import torch
 
 from megatron_seqpar.config import as_typed
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import state
+from megatron_seqpar.integration import refusals, state
+from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 MLP = "mlp"
 ATTENTION_QKV = "attention-qkv"
@@ -83,7 +84,7 @@ class _Part:
 
 
 class _LayerRun:
-    """The norms' outputs while one layer runs."""
+    """The outputs of a layer's norms while it runs once."""
 
     def __init__(self) -> None:
         self._known: list[tuple[_Again, torch.Tensor]] = []  # the output too: its address is taken
@@ -98,6 +99,10 @@ class _LayerRun:
             if tensor.layout == torch.strided and again.holds(tensor):
                 return _Part(again, tensor)
         return tensor
+
+    def end(self) -> None:
+        """The layer has run. What autograd saved holds on to this, and must not to the outputs."""
+        self._known.clear()
 
 
 def _unpack(kept: torch.Tensor | _Part) -> torch.Tensor:
@@ -117,6 +122,7 @@ def norms_repeated() -> Iterator[None]:
             yield
     finally:
         _current.reset(token)
+        run.end()
 
 
 def _note(norm: torch.nn.Module, given: tuple[Any, ...], out: Any) -> None:
@@ -126,16 +132,31 @@ def _note(norm: torch.nn.Module, given: tuple[Any, ...], out: Any) -> None:
         run.note(norm, given[0], out)
 
 
-def prepare(model: torch.nn.Module) -> None:
+def alone(value: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """`value`, copied where it alone would keep more memory than its own.
+
+    Megatron makes queries, keys and values with one product and cuts them out of it. Rotary
+    embedding then makes new queries and keys, and the values, kept for attention's backward, would
+    keep the old ones with them.
+    """
+    storage = value.untyped_storage()
+    shared = storage.data_ptr() in {t.untyped_storage().data_ptr() for t in (query, key)}
+    larger = storage.nbytes() > value.numel() * value.element_size()
+    return value.contiguous() if larger and not shared else value
+
+
+def prepare(model: Any) -> None:
     """Make a built model repeat what the settings ask for.
 
-    Raises `UnsupportedError` naming the modules that cannot be repeated.
+    Raises `UnsupportedError` for a model that recomputes something itself, and naming the modules
+    that cannot be repeated.
     """
     mode = state.config().recompute
     if mode not in (MLP, ATTENTION_QKV):
         return
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
+    refuse_by_setting(model.config, state.config(), refusals.CONFIG)
     unknown = []
     for name, module in model.named_modules():
         if not isinstance(module, TransformerLayer):

@@ -52,6 +52,44 @@ RECOMPUTE_REFUSALS: tuple[Refusal, ...] = (
         "Drop one of the two",
         BOTH,
     ),
+    Refusal(
+        "--moe-layer-recompute",
+        "moe_layer_recompute",
+        is_set,
+        "both would run the experts again",
+        "Drop --moe-layer-recompute",
+        BOTH,
+    ),
+    Refusal(
+        "--moe-paged-stash",
+        "moe_paged_stash",
+        is_set,
+        "it keeps activations of experts that run again",
+        "Drop --moe-paged-stash",
+        BOTH,
+    ),
+    Refusal(
+        "--distribute-saved-activations",
+        "distribute_saved_activations",
+        is_set,
+        "it splits what Megatron's own recomputation keeps",
+        "Drop --distribute-saved-activations",
+        BOTH,
+    ),
+    Refusal(
+        "--use-megatron-fsdp",
+        "use_megatron_fsdp",
+        is_set,
+        "it gathers a layer's weights around its one forward and one backward",
+        "Use --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        "use_torch_fsdp2",
+        is_set,
+        "it gathers a layer's weights around its one forward and one backward",
+        "Use --use-distributed-optimizer",
+    ),
 )
 
 MASK_REFUSALS: tuple[Refusal, ...] = (

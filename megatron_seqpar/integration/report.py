@@ -31,7 +31,7 @@ from megatron.training.training import num_floating_point_operations
 import megatron_seqpar
 from megatron_seqpar import cpu_runtime
 from megatron_seqpar.errors import SeqParError
-from megatron_seqpar.integration import axis, measure
+from megatron_seqpar.integration import axis, measure, offload
 from megatron_seqpar.integration import steps as training_steps
 from megatron_seqpar.telemetry.memory import memory_use
 from megatron_seqpar.telemetry.traffic import Traffic, TrafficMeter
@@ -129,6 +129,7 @@ class _Recorder:
             "traffic_by_group": _plain(self.traffic.by_group),
             "sp_rank": axis.current().rank if axis.initialized() else 0,
             "attention": _attention_counts(),
+            "offload": offload.counts(),
             "steps": [asdict(step) for step in self.steps],
         }
         ranks: list[Any] = [None] * torch.distributed.get_world_size()

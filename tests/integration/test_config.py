@@ -96,6 +96,11 @@ def test_help_has_a_group_of_its_own_with_the_choices():
     [
         (("--seqpar-schedule", "spiral"), "--seqpar-schedule spiral.*auto, balanced"),
         (("--seqpar-recompute", "all"), "--seqpar-recompute all.*none"),
+        (("--seqpar-offload", "stash"), "--seqpar-offload stash with --seqpar-recompute none"),
+        (
+            ("--seqpar-offload", "stash", "--seqpar-recompute", "mlp"),
+            "--seqpar-recompute mlp.*Add --seqpar-recompute attention-output",
+        ),
         (("--seqpar-mlp-chunks", "0"), "--seqpar-mlp-chunks 0.*auto, off or 1"),
         (("--seqpar-loss-chunks", "some"), "--seqpar-loss-chunks some.*auto, off or 1"),
         (("--seqpar-memory-budget", "-1"), "--seqpar-memory-budget -1.0.*positive"),

@@ -111,7 +111,7 @@ def dist_flash_attention(
             text (`as_mask`), or one for each sample of the batch. A query that sees no key gets 0.
         schedule: "auto" or a builder's name (`schedules.names()`).
         token_layout: "contiguous": rank r owns the r-th chunk; "zigzag": pieces r and 2P-1-r of 2P.
-        softmax_scale: default dk ** -0.5.
+        softmax_scale: above 0; default dk ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0 for none.
         sink: `[h]`, per query head the score of a key with value zero that every query sees, a
             further term of the softmax's denominator; it gets this rank's share of its gradient.
@@ -136,7 +136,8 @@ def dist_flash_attention(
         out, shaped as q with dv for dk, in q's dtype; or (out, lse).
 
     Raises:
-        UnsupportedError: shapes, dtypes or a layout that do not fit together.
+        UnsupportedError: shapes, dtypes or a layout that do not fit together, or a scale, cap or
+            sink out of range.
         ScheduleError: an unknown schedule or a mask it does not serve.
         KernelError: no kernel, or not the asked one, serves the call.
     """
@@ -149,6 +150,8 @@ def dist_flash_attention(
     order = _TO_BSHD[tensor_layout]
     q, k, v = (_checked(name, t, order) for name, t in (("q", q), ("k", k), ("v", v)))
     _check_together(q, k, v)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    _check_softmax(q, scale, softcap, sink)
     batch = q.shape[0]
     transport = transport_of(group)
     transport.prepare(q.device)
@@ -181,7 +184,6 @@ def dist_flash_attention(
         deterministic=deterministic,
         softcap=bool(softcap),
     )
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     run = Execution(plan, transport, chosen, scale, softcap, deterministic, overlap, recorder)
     if known is not None:
         known = _fold(known[0].permute(order), known[1], together)
@@ -231,6 +233,8 @@ def _checked(name: str, tensor: torch.Tensor, order: tuple[int, ...]) -> torch.T
 
 def _check_together(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [b, s, h, d]"
+    if 0 in (q.shape[0], *q.shape[2:], *k.shape[2:], *v.shape[2:]):
+        raise UnsupportedError(f"batch, heads and head dims must be at least 1: {shapes}")
     if not (q.shape[:2] == k.shape[:2] == v.shape[:2]):
         raise UnsupportedError(f"batch and token dims of q, k and v differ: {shapes}")
     if k.shape[2] != v.shape[2] or q.shape[2] % k.shape[2]:
@@ -241,6 +245,21 @@ def _check_together(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise UnsupportedError(
             f"q, k and v must share dtype and device; got {q.dtype} on {q.device}, "
             f"{k.dtype} on {k.device}, {v.dtype} on {v.device}"
+        )
+
+
+def _check_softmax(
+    q: torch.Tensor, scale: float, softcap: float, sink: torch.Tensor | None
+) -> None:
+    # kernels take the largest score before they scale, and a negative cap as none
+    if not scale > 0:
+        raise UnsupportedError(f"softmax_scale={scale} must be above 0")
+    if not softcap >= 0:
+        raise UnsupportedError(f"softcap={softcap} must be above 0, or 0 for none")
+    if sink is not None and (sink.shape != q.shape[2:3] or sink.device != q.device):
+        raise UnsupportedError(
+            f"sink of shape {tuple(sink.shape)} on {sink.device}: give one score a query head, "
+            f"({q.shape[2]},) on {q.device}"
         )
 
 

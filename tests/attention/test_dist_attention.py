@@ -2,6 +2,7 @@
 """Distributed attention against single-device truth: values, gradients, counts, precision."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -234,6 +235,16 @@ def test_bad_input_is_refused_by_name() -> None:
         _refused(data._replace(k=data.k.float()))
     with pytest.raises(UnsupportedError, match="batch and token dims"):
         _refused(data._replace(k=data.k[:, :4], v=data.v[:, :4]))
+    with pytest.raises(UnsupportedError, match="batch, heads and head dims must be at least 1"):
+        _refused(inputs(0, 8, 4, 2, 16))
+    for scale in (0.0, -0.125, math.nan):
+        with pytest.raises(UnsupportedError, match=f"softmax_scale={scale} must be above 0"):
+            _refused(data, softmax_scale=scale)
+    with pytest.raises(UnsupportedError, match=r"softcap=-30.0 must be above 0, or 0 for none"):
+        _refused(data, softcap=-30.0)
+    for sink in (torch.zeros(1), torch.zeros(2), torch.zeros(4, 1), torch.zeros(4, device="meta")):
+        with pytest.raises(UnsupportedError, match=r"give one score a query head, \(4,\) on cpu"):
+            _refused(data, sink=sink)
 
 
 def test_a_failing_rank_ends_the_others() -> None:

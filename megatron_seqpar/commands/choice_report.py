@@ -10,21 +10,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_seqpar.attention.schedules import Choice
-from megatron_seqpar.attention.schedules.auto import Candidate
+from megatron_seqpar.attention.schedules import BUILDERS, Choice
+from megatron_seqpar.attention.schedules.auto import MANY_REGIONS, Candidate, milliseconds
 
 from .schedule_report import human_bytes
 
 
 def print_choice(choice: Choice, *, everything: bool) -> None:
-    """Print why, and with `everything` the table of all candidates."""
+    """Print why, and with `everything` the table of all candidates and why others are not in it."""
     # a pipe wraps nothing
     terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     console = Console(width=max(110, terminal))
     if everything:
         console.print(_table(choice))
+        for candidate in choice.candidates:
+            if candidate.schedule is None:
+                console.print(f"left out: {candidate.refusal}", highlight=False, style="dim")
+        _print_untried(console, choice)
     goal = "least time" if choice.objective == "time" else "fewest bytes"
     console.print(f"auto ({goal}) takes {choice.why()}", highlight=False, style="bold")
+
+
+def _print_untried(console: Console, choice: Choice) -> None:
+    """Say which schedules were not built, and why."""
+    others = [name for name in BUILDERS if name not in {c.name for c in choice.candidates}]
+    if others:
+        reason = f"masks of more than {MANY_REGIONS} regions get what is quick to plan"
+        if choice.schedule.size == 1:
+            reason = "one rank computes all"
+        console.print(f"not tried, {reason}: {', '.join(others)}", highlight=False, style="dim")
 
 
 def _table(choice: Choice) -> Table:
@@ -40,9 +54,6 @@ def _table(choice: Choice) -> Table:
     for candidate in choice.candidates:
         if candidate.schedule is not None:
             table.add_row(*_cells(candidate, best), style="bold" if candidate is best else "")
-    for candidate in choice.candidates:
-        if candidate.schedule is None:
-            table.add_row(candidate.name, "does not serve this", style="dim")
     return table
 
 
@@ -60,7 +71,7 @@ def _cells(candidate: Candidate, best: Candidate) -> list[str]:
         return [*cells, f"{candidate.bytes_total / max(1, best.bytes_total):.2f}"]
     return [
         *cells,
-        f"{predicted.total_s * 1e3:.3g} ms",
+        milliseconds(predicted.total_s),
         f"{predicted.total_s / best.prediction.total_s:.2f}",
         f"{100 * predicted.idle_fraction:.1f}%",
         f"{100 * predicted.exposed_share:.1f}%",

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_seqpar.attention import Full, build_schedule
+from megatron_seqpar.attention.schedules.auto import milliseconds
 from megatron_seqpar.cli import app
 from megatron_seqpar.commands.schedule_report import TileNames, human_bytes
 from megatron_seqpar.errors import SeqParError
@@ -181,6 +182,44 @@ def test_explain_prints_every_candidate_and_why() -> None:
         assert name in result.output
     assert "on dgx-a100-100g, predicted" in result.output
     assert "auto (least time) takes" in result.output
+    assert "not tried" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (
+            ["--mask", "window:100"],
+            [
+                "left out: schedule 'balanced' does not serve mask 'window'; it serves causal and "
+                "full: use solver or auto",
+                "left out: schedule 'ulysses+zigzag' needs several nodes of several ranks",
+            ],
+        ),
+        (
+            ["--mask", "documents:" + ",".join(str(400 * n) for n in range(1, 11))],
+            [
+                "not tried, masks of more than 8 regions get what is quick to plan: balanced, "
+                "zigzag, ring, ulysses, "
+            ],
+        ),
+    ],
+)
+def test_explain_says_why_others_are_not_compared(options: list[str], lines: list[str]) -> None:
+    command = ["schedule", "--size", "4", "--seq-length", "4000", "--schedule", "auto"]
+    result = CliRunner().invoke(app, [*command, "--explain", *options])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    for line in lines:
+        assert line in said, result.output
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.27e-4, "0.327 ms"), (0.0319, "31.9 ms"), (0.0999, "99.9 ms"), (1.0741, "1,074 ms")],
+)
+def test_milliseconds(seconds: float, text: str) -> None:
+    assert milliseconds(seconds) == text
 
 
 def test_explain_by_bytes_needs_no_cluster() -> None:

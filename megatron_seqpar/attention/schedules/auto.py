@@ -92,9 +92,15 @@ class Choice:
         ratio = next_best.prediction.total_s / best.prediction.total_s
         where = "" if self.cluster is None else f" on {self.cluster.name}"
         return (
-            f"{best.name}: {best.prediction.total_s * 1e3:.3g} ms a layer{where} in the model, "
+            f"{best.name}: {milliseconds(best.prediction.total_s)} a layer{where} in the model, "
             f"{next_best.name} {ratio:.2f} x that"
         )
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds with three digits, or all before the point: 0.327 ms, 31.9 ms, 1,074 ms."""
+    ms = seconds * 1e3
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 def choose(

@@ -23,8 +23,12 @@ TRACEBACK_VARIABLE = "SEQPAR_TRACEBACK"
 EXIT_GRACE_SECONDS = 15.0
 LOST_PEER_SECONDS = 1.0
 _HINT = f"\n    ({TRACEBACK_VARIABLE}=1 shows where)"
+SAY_SECONDS = 5.0
+"""What a process that is being stopped has to finish saying what went wrong."""
 reported = threading.Event()
-"""Set once this process has said what went wrong."""
+"""Set once this process begins to say what went wrong."""
+said = threading.Event()
+"""Set once it has."""
 _LOST_PEER = re.compile(
     r"connection closed by peer|connection reset|connection refused|broken pipe|"
     r"application timeout|timed out waiting|socket timeout|store.*(closed|timeout)",
@@ -130,14 +134,19 @@ def reporting_failures() -> Iterator[None]:
         reported.set()
         if isinstance(leaving.code, str):
             say(f"{rank_prefix()} {leaving.code}")
+        said.set()
         leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
+        # torchrun passes Ctrl-C on to who had it already: the second must not interrupt this
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         reported.set()
         say(f"{rank_prefix()} interrupted")
+        said.set()
         leave(128 + signal.SIGINT)
     except BaseException as error:
         reported.set()
         report(error)
+        said.set()
         if lost_peer(error):
             # let torchrun see the rank that failed first, and name that one
             time.sleep(LOST_PEER_SECONDS)

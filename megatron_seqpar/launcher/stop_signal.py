@@ -14,7 +14,7 @@ import threading
 import time
 from types import FrameType
 
-from .failures import rank_prefix, reported, say
+from .failures import SAY_SECONDS, rank_prefix, reported, said, say
 
 INTERRUPT_SECONDS = 5.0
 """What a script has to clean up in after Ctrl-C."""
@@ -49,7 +49,9 @@ def _watch(reader: int) -> None:
     while data := os.read(reader, 64):
         # a script that handles SIGTERM itself (Megatron's --exit-signal-handler) is left to do so
         if signal.SIGTERM in data and signal.getsignal(signal.SIGTERM) is _handler:
-            if not reported.is_set():
+            if reported.is_set():
+                said.wait(SAY_SECONDS)
+            else:
                 say(f"{rank_prefix()} stopped: another rank failed, or the run was cancelled")
             os._exit(128 + signal.SIGTERM)
         if signal.SIGINT in data and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -124,6 +124,42 @@ def test_a_rank_that_waits_is_stopped_at_once_and_says_so(tmp_path: Path) -> Non
     assert "[rank 1/2] error: rank 1 gives up" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("sayer", "stop", "failure", "line"),
+    [
+        ("report", "SIGTERM", "SeqParError('too long')", "[rank 0/1] error: too long"),
+        ("say", "SIGINT", "KeyboardInterrupt", "[rank 0/1] interrupted"),
+    ],
+)
+def test_a_rank_that_is_stopped_while_it_says_why_still_says_it(
+    sayer: str, stop: str, failure: str, line: str, tmp_path: Path
+) -> None:
+    """On a busy machine torchrun may stop a rank, or pass Ctrl-C on to it, in mid-sentence."""
+    script = write(
+        tmp_path,
+        "slow.py",
+        f"""
+        import os, signal, time
+        from megatron_seqpar.errors import SeqParError
+        from megatron_seqpar.launcher import failures
+
+        quick = failures.{sayer}
+
+        def slow(said):
+            os.kill(os.getpid(), signal.{stop})
+            time.sleep(0.5)
+            quick(said)
+
+        failures.{sayer} = slow
+        raise {failure}
+        """,
+    )
+    run = run_launcher("--device=cpu", script)
+    assert run.status != 0
+    assert run.error_lines == [line], run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_an_error_of_the_scripts_own_keeps_its_traceback(tmp_path: Path) -> None:
     script = write(tmp_path, "bug.py", "def f():\n    return {}['key']\n\nf()\n")
     run = run_launcher("--device=cpu", script)

@@ -52,11 +52,14 @@ def pretend_step(recorder, step=0):
 def test_silence_costs_next_to_nothing():
     one, other = SILENT.span("tile", step=0), SILENT.span("wait", step=1)
     assert one is other  # nothing is made
-    start = time.perf_counter()
-    for step in range(10_000):
-        with SILENT.span("tile", step=step, tile=None, direction="forward"):
-            pass
-    assert time.perf_counter() - start < 0.1  # 10 us a span, some thirty times what it takes
+    seconds = []
+    for _ in range(5):  # processor time, and the best: the machine may be busy
+        start = time.thread_time()
+        for step in range(10_000):
+            with SILENT.span("tile", step=step, tile=None, direction="forward"):
+                pass
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < 0.1  # 10 us a span, some thirty times what it takes
 
 
 def test_events_have_their_times_and_details():
@@ -96,23 +99,28 @@ def test_labels_reach_every_span_of_the_call():
 
 def test_meter_sums_by_name():
     meter = Meter()
+    start = time.perf_counter()
     for step in range(3):
         pretend_step(meter, step)
+    took = time.perf_counter() - start
     meter.add("wait", 10.0)
     seconds = meter.seconds()
     assert set(seconds) == {"post", "tile", "wait"}
-    assert 0.012 <= seconds["tile"] < 1
-    assert 10.006 <= seconds["wait"] < 11
+    assert seconds["tile"] >= 0.012
+    assert seconds["wait"] >= 10.006
+    assert sum(seconds.values()) <= 10 + took
 
 
 def test_a_meter_goes_on_while_events_are_kept():
     meter = Meter()
     recorder = TimedRecorder(meter=meter)
     pretend_step(recorder)
+    start = time.perf_counter()
     pretend_step(meter)
+    took = time.perf_counter() - start
     kept = {event.name: event.seconds for event in recorder.events()}
     for name, seconds in meter.seconds().items():
-        assert kept[name] < seconds < kept[name] + 0.5
+        assert kept[name] < seconds < kept[name] + took
 
 
 def test_meter_never_waits_for_the_device_and_holds_a_bounded_number_of_marks():

@@ -32,7 +32,13 @@ def transfer(payload: Payload, src: int, dst: int, start: int = 0) -> Transfer:
     return Transfer(payload, Span(start, start + TOKENS), src, dst, HEADS)
 
 
-def swap(watched, recorder, delay: float = 0.0) -> torch.Tensor:
+def all_over(pending) -> None:
+    """A tile that lasts until every message was seen to end, or for a minute."""
+    for work in pending.works:
+        work.over.wait(60)
+
+
+def swap(watched, recorder, tile=lambda pending: None) -> torch.Tensor:
     """As the executor does it: keys and values to the peer and from it, under a tile."""
     me, peer = watched.rank, 1 - watched.rank
     plan = (transfer(Payload.KV, me, peer),), (transfer(Payload.KV, peer, me, TOKENS),)
@@ -42,28 +48,45 @@ def swap(watched, recorder, delay: float = 0.0) -> torch.Tensor:
     with labelled.span("post", step=2, transfers=plan, direction="forward"):
         pending = watched.exchange(sends, receives)
     with labelled.span("tile", step=2):
-        time.sleep(delay)
+        tile(pending)
     with labelled.span("wait", step=2, transfers=plan, direction="forward"):
         pending.wait()
     return torch.stack([message.tensor for message in receives])
 
 
-def on_rank(rank: int, late: int | None, times: int) -> tuple[float, list[Event], int, int]:
-    """Swap `times` times; rank `late` posts 0.2 s after the other."""
+def on_rank(rank: int, times: int) -> tuple[float, list[Event], int, int]:
+    """Swap `times` times."""
     import torch.distributed as dist
 
     bare = ProcessGroupTransport(dist.group.WORLD)
     recorder = TimedRecorder()
     watched = WatchedTransport(bare, recorder)
     watched.prepare(torch.device("cpu"))
-    dist.barrier()
-    if late == rank:
-        time.sleep(0.2)
-    arrived = sum(swap(watched, recorder, 0.4).sum().item() for _ in range(times))
+    arrived = sum(swap(watched, recorder, all_over).sum().item() for _ in range(times))
     threads = threading.active_count()
     watched.close()
     swap(bare, TimedRecorder())  # the transport beneath is as it was
     return arrived, watched.events() + recorder.events(), bare.counters.bytes, threads
+
+
+def rank_1_late(rank: int, delay: float) -> list[Event]:
+    """Swap once; rank 1 posts `delay` seconds after rank 0 did, however busy the machine is."""
+    import torch.distributed as dist
+
+    recorder, store = TimedRecorder(), dist.distributed_c10d._get_default_store()
+    watched = WatchedTransport(ProcessGroupTransport(dist.group.WORLD), recorder)
+    watched.prepare(torch.device("cpu"))
+
+    def tile(pending) -> None:
+        store.set(f"test_watch/posted/{rank}", "")
+        all_over(pending)
+
+    if rank == 1:
+        store.wait(["test_watch/posted/0"])
+        time.sleep(delay)
+    swap(watched, recorder, tile)
+    watched.close()
+    return watched.events() + recorder.events()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +101,7 @@ def named(events: list[Event], name: str) -> list[Event]:
 
 
 def test_what_arrives_is_the_same_and_is_counted_once(pool):
-    for rank, (arrived, events, sent, threads) in enumerate(pool.run(on_rank, None, 3)):
+    for rank, (arrived, events, sent, threads) in enumerate(pool.run(on_rank, 3)):
         assert arrived == 3 * TOKENS * (2 * (1 - rank) + 10)
         assert sent == 4 * KV_BYTES  # three watched, one bare
         assert len(named(events, "send")) == len(named(events, "receive")) == 3
@@ -86,7 +109,7 @@ def test_what_arrives_is_the_same_and_is_counted_once(pool):
 
 
 def test_facts_of_a_transfer(pool):
-    results = pool.run(on_rank, None, 2)
+    results = pool.run(on_rank, 2)
     for rank, (_, events, _, _) in enumerate(results):
         for name in ("send", "receive"):
             first, second = named(events, name)
@@ -107,14 +130,14 @@ def test_facts_of_a_transfer(pool):
 
 
 def test_an_end_is_seen_when_it_comes_and_not_when_it_is_waited_for(pool):
-    results = pool.run(on_rank, 1, 1)
-    for rank, (_, events, _, _) in enumerate(results):
-        (received,), (waited,) = named(events, "receive"), named(events, "wait")
-        took = received.seconds
-        # rank 0 posts early: its receive lasts until the late peer sends; neither lasts the 0.4 s
-        # until the wait
-        assert (0.15 < took < 0.3) if rank == 0 else took < 0.15
-        assert received.end < waited.begin
+    early, late = pool.run(rank_1_late, 0.2)
+    for events in (early, late):
+        (received,), (tile,), (waited,) = (named(events, n) for n in ("receive", "tile", "wait"))
+        assert received.end <= tile.end <= waited.begin
+    (received,), (sent,) = named(early, "receive"), named(late, "send")
+    # rank 0 posts early: its receive lasts until the late peer sends (processes share the clock)
+    assert received.seconds >= 0.2
+    assert received.end >= sent.begin
 
 
 class FailingWork:
@@ -151,7 +174,9 @@ def test_transports_that_tell_no_ends_are_timed_by_the_wait():
     def body(bare: ThreadTransport) -> list[Event]:
         recorder = TimedRecorder()
         watched = WatchedTransport(bare, recorder)
-        assert swap(watched, recorder, 0.05).sum().item() == TOKENS * (2 * (1 - bare.rank) + 10)
+        assert swap(watched, recorder, lambda pending: time.sleep(0.05)).sum().item() == TOKENS * (
+            2 * (1 - bare.rank) + 10
+        )
         watched.close()
         return watched.events() + recorder.events()
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_seqpar.attention.execute import Execution
 from megatron_seqpar.attention.transport import ThreadTransport
-from tests.commands.test_two_hosts import hosts, needs_hosts
+from tests.commands.test_two_hosts import left_behind, needs_hosts
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CASE = {
@@ -96,7 +96,7 @@ def test_a_kernel_that_computes_nothing_moves_everything():
 def test_small_run(tmp_path):
     import overlap
 
-    before = hosts()
+    before = left_behind()
     overlap.main(
         case=["balanced:1"],
         tokens=512,
@@ -105,7 +105,7 @@ def test_small_run(tmp_path):
         output=tmp_path / "result.json",
         work=tmp_path / "work",
     )
-    assert hosts() == before
+    assert left_behind() <= before
     result = json.loads((tmp_path / "result.json").read_text())
     (case,) = result["cases"]
     assert len(case["ratio_by_round"]) == 2

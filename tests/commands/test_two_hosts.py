@@ -40,19 +40,26 @@ def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
     )
 
 
-def hosts() -> list[str]:
+def hosts(owner: int | None = None) -> list[str]:
+    """Pretended hosts of the script with that process id, or of all: others may run meanwhile."""
     listing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    return [line.split()[0] for line in listing.stdout.splitlines() if line.startswith("seqpar")]
+    start = "seqpar" if owner is None else f"seqpar{owner}-"
+    return [line.split()[0] for line in listing.stdout.splitlines() if line.startswith(start)]
+
+
+def left_behind() -> set[str]:
+    """Hosts whose script is no more."""
+    return {name for name in hosts() if not Path("/proc", name[6:].split("-")[0]).exists()}
 
 
 @needs_hosts
 def test_both_hosts_run_the_command_and_know_which_they_are():
-    before = hosts()
+    before = left_behind()
     words = "echo {node} $SEQPAR_LINK $GLOO_SOCKET_IFNAME $PET_NODE_RANK $PET_NNODES"
     done = run("bash", "-c", words)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n"))[1:] == ["0 link0 link0 0 2", "1 link1 link1 1 2"]
-    assert hosts() == before
+    assert left_behind() <= before
 
 
 @needs_hosts
@@ -69,7 +76,7 @@ def test_bytes_take_as_long_as_the_rate_says():
         "        got += len(part)\n"
         "    print(got, time.perf_counter() - start)\n"
         "else:\n"
-        "    for _ in range(100):\n"
+        "    for _ in range(400):\n"
         "        try:\n"
         "            peer = socket.create_connection((address, port))\n"
         "            break\n"
@@ -77,32 +84,36 @@ def test_bytes_take_as_long_as_the_rate_says():
         "            time.sleep(0.1)\n"
         "    peer.sendall(bytes(5_000_000))\n"
     )
-    done = run("--rate", "20mbit", "python3", "-c", code)
-    assert done.returncode == 0, done.stderr
-    got, seconds = done.stdout.split()
-    assert int(got) == 5_000_000
-    assert 1.8 < float(seconds) < 6
+    for _ in range(3):  # a busy machine may let the receiver wait
+        done = run("--rate", "20mbit", "python3", "-c", code)
+        assert done.returncode == 0, done.stderr
+        got, seconds = done.stdout.split()
+        assert int(got) == 5_000_000
+        assert float(seconds) > 1.8
+        if float(seconds) < 6:
+            break
+    assert float(seconds) < 6
 
 
 @needs_hosts
 def test_the_first_failure_stops_both_and_is_the_status():
-    before, start = hosts(), time.monotonic()
+    before, start = left_behind(), time.monotonic()
     done = run("bash", "-c", "[ {node} = 0 ] && exit 7; sleep 50")
     assert done.returncode == 7
-    assert time.monotonic() - start < 30
-    assert hosts() == before
+    assert time.monotonic() - start < 45  # the other would sleep for 50 seconds
+    assert left_behind() <= before
 
 
 @needs_hosts
 def test_a_signal_takes_the_hosts_down():
-    before = hosts()
     running = subprocess.Popen(["bash", str(SCRIPT), "sleep", "50"])
-    deadline = time.monotonic() + 20
-    while len(hosts()) < len(before) + 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 40
+    while len(hosts(running.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert len(hosts(running.pid)) == 2
     running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=30) == 143
-    assert hosts() == before
+    assert running.wait(timeout=40) == 143
+    assert hosts(running.pid) == []
 
 
 @needs_hosts

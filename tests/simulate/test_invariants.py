@@ -219,10 +219,10 @@ def test_thousands_of_transfers_take_a_moment() -> None:
     on = load_cluster("dgx-h100")
     assert sum(len(step.sends) for steps in plan.plan for step in steps) == 4032
     seconds = []
-    for _ in range(5):  # the best: the machine may be busy
-        begin = time.perf_counter()
+    for _ in range(5):  # processor time, and the best: the machine may be busy
+        begin = time.thread_time()
         simulate(plan, on, events=False)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.thread_time() - begin)
     assert min(seconds) < 0.3
 
 

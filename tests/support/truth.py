@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -112,8 +113,11 @@ def with_sink(
 
 
 def largest_difference(got: Attention, truth: Attention) -> dict[str, float]:
-    """Largest absolute difference of each field; equal infinities do not differ."""
+    """Largest absolute difference of each field; equal infinities do not differ.
+
+    What is not a number differs infinitely: Python's `max` over fields would pass over a NaN.
+    """
     return {
-        name: torch.where(a == b, 0.0, (a.double() - b).abs()).max().item()
+        name: torch.where(a == b, 0.0, (a.double() - b).abs()).nan_to_num(nan=inf).max().item()
         for name, a, b in zip(Attention._fields, got, truth, strict=True)
     }

@@ -11,6 +11,7 @@ from megatron_seqpar.integration import (
     axis,
     batch,
     documents,
+    lm_head,
     loss,
     mamba,
     mlp,
@@ -124,9 +125,41 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     ),
     PatchPoint(
         "megatron.core.transformer.multi_token_prediction.process_mtp_loss",
-        roll.wrap_process_mtp_loss,
+        lambda original: roll.wrap_process_mtp_loss(lm_head.wrap_process_mtp_loss(original)),
         _NEW,
-        "the MTP loss is averaged over all tokens of the axis",
+        "the MTP loss is averaged over all tokens of the axis; with a loss in pieces, its heads "
+        "find predictions too",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.multi_token_prediction._compute_mtp_acceptance_counts",
+        lm_head.wrap_compute_mtp_acceptance_counts,
+        _NEW,
+        "counts predictions of a loss in pieces",
+    ),
+    PatchPoint(
+        "megatron.core.models.gpt.gpt_model.GPTModel._postprocess",
+        lm_head.wrap_forward,
+        _ALL,
+        "makes no logits where a loss in pieces is asked for",
+    ),
+    PatchPoint(
+        "megatron.core.models.hybrid.hybrid_model.HybridModel.forward",
+        lm_head.wrap_forward,
+        _NEW,
+        "makes no logits where a loss in pieces is asked for",
+    ),
+    PatchPoint(
+        "megatron.core.models.mamba.mamba_model.MambaModel.forward",
+        lm_head.wrap_forward,
+        _OLD,
+        "makes no logits where a loss in pieces is asked for",
+    ),
+    PatchPoint(
+        "megatron.core.models.common.language_module.language_module.LanguageModule"
+        ".compute_language_model_loss",
+        lm_head.wrap_compute_language_model_loss,
+        _ALL,
+        "computes logits and loss in pieces, when asked",
     ),
     PatchPoint(
         "megatron.core.ssm.mamba_context_parallel._undo_attention_load_balancing",

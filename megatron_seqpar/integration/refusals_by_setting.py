@@ -120,11 +120,89 @@ ZIGZAG_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+
+def _over_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+def _whole_iteration(value: Any) -> bool:
+    """Whether a CUDA graph setting, a word, an enum or a list of them, names the full iteration."""
+    parts = value if isinstance(value, (list, tuple, set)) else [value]
+    return "full_iteration" in [getattr(part, "name", part) for part in parts]
+
+
+_READS_LOGITS = "it reads the logits of the whole sequence"
+_DROP_CHUNKS = "Use --seqpar-loss-chunks off"
+
+LOSS_CHUNKS_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--defer-embedding-wgrad-compute",
+        "defer_embedding_wgrad_compute",
+        is_set,
+        "it keeps the logits' gradients of all micro-batches for later",
+        "Drop one of the two",
+        BOTH,
+    ),
+    Refusal(
+        "--fp8-output-proj",
+        "fp8_output_proj",
+        is_set,
+        "an MXFP8 head scales blocks of tokens together, and pieces would cut through them",
+        "Drop one of the two",
+        BOTH,
+    ),
+    Refusal("--config-logger-dir", "config_logger_dir", is_set, _READS_LOGITS, _DROP_CHUNKS, BOTH),
+    Refusal("--logits-save-dir", "logits_save_dir", is_set, _READS_LOGITS, _DROP_CHUNKS),
+    Refusal("--logits-load-dir", "logits_load_dir", is_set, _READS_LOGITS, _DROP_CHUNKS),
+    Refusal(
+        "--export-kd-teacher-load", "export_kd_teacher_load", is_set, _READS_LOGITS, _DROP_CHUNKS
+    ),
+    Refusal(
+        "--cuda-graph-impl",
+        "cuda_graph_impl",
+        _whole_iteration,
+        "the pieces are not captured in a graph of the whole iteration",
+        "Use --cuda-graph-impl local or none",
+        BOTH,
+    ),
+    Refusal(
+        "--cuda-graph-scope",
+        "cuda_graph_scope",
+        _whole_iteration,
+        "the pieces are not captured in a graph of the whole iteration",
+        "Use another --cuda-graph-scope",
+        BOTH,
+    ),
+    Refusal(
+        "--use-megatron-fsdp",
+        "use_megatron_fsdp",
+        is_set,
+        "it frees the head's weight before backward, which multiplies with it again",
+        "Use --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        "use_torch_fsdp2",
+        is_set,
+        "it frees the head's weight before backward, which multiplies with it again",
+        "Use --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        "gtp_weight_remat_size",
+        _over_one,
+        "it gathers the head's weight for every product, and pieces are many products",
+        "Use --tensor-model-parallel-size and --use-distributed-optimizer",
+        BOTH,
+    ),
+)
+
 BY_SETTING: dict[str, tuple[Refusal, ...]] = {
     "recompute": RECOMPUTE_REFUSALS,
     "mask": MASK_REFUSALS,
     "token_layout": ZIGZAG_REFUSALS,
     "mlp_chunks": CHUNK_REFUSALS,
+    "loss_chunks": LOSS_CHUNKS_REFUSALS,
 }
 """Field of `SeqParConfig` -> its table."""
 

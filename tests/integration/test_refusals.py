@@ -48,7 +48,14 @@ WRONG = {
     "fp8_multi_head_attention": True,
     "batch_invariant_mode": True,
     "overlap_moe_expert_parallel_comm": True,
-    "cuda_graph_impl": "local",
+    "cuda_graph_impl": "full_iteration",
+    "cuda_graph_scope": ["full_iteration"],
+    "defer_embedding_wgrad_compute": True,
+    "fp8_output_proj": True,
+    "config_logger_dir": "logs",
+    "logits_save_dir": "teacher",
+    "logits_load_dir": "teacher",
+    "export_kd_teacher_load": "teacher",
     "enable_cuda_graph": True,
     "external_cuda_graph": True,
     "use_megatron_fsdp": True,
@@ -167,6 +174,7 @@ SETTINGS = {
     "recompute": "attention-output",
     "mask": "prefix:64",
     "token_layout": "zigzag",
+    "loss_chunks": "4",
     "mlp_chunks": "4",
 }
 """A value of each setting with a table that is not its default."""

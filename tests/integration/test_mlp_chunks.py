@@ -228,6 +228,30 @@ def test_gradient_hooks_fire_once_a_parameter_and_micro_batch(pool, fused, distr
     pool.run(data_parallel, fused, distributed, tensor)
 
 
+def one_stand_in(rank):
+    """A fused weight's stand-in is passed on, not summed: memory that nobody has written to."""
+    import torch
+
+    stock = torch.empty
+
+    def marked(*size, **options):
+        return stock(*size, **options).fill_(5.0)
+
+    with parallel() as group, fusion(), settings(mlp_chunks="3"):
+        config = transformer_config(
+            params_dtype=torch.float32, gradient_accumulation_fusion=True, **kinds()["swiglu"]
+        )
+        mlp = build(config, group)
+        for parameter in mlp.parameters():
+            parameter.main_grad = torch.zeros_like(parameter)
+            parameter.grad_added_to_main_grad = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", marked)
+            _, _, *passed_on = run(mlp)
+        for (name, _), gradient in zip(mlp.named_parameters(), passed_on, strict=True):
+            assert bool((gradient == 5.0).all()) == name.endswith("weight"), (name, gradient)
+
+
 def zeroed_stand_in(rank):
     """With zero_out_wgrad the hook adds what autograd passes on, which must then be zeros."""
     import torch
@@ -258,7 +282,38 @@ def zeroed_stand_in(rank):
 
 
 def test_a_stand_in_reaches_the_hook_as_megatron_made_it(pool):
+    pool.run(one_stand_in)
     pool.run(zeroed_stand_in)
+
+
+def live(rank):
+    import torch
+
+    from tests.support.live_bytes import LiveBytes
+
+    def peak(mlp, rows):
+        """Most bytes alive beyond those left in the end: output, bias and gradients."""
+        x, gradient = inputs(torch.float64, rows)
+        given = [x, gradient, *mlp.parameters()]
+        with LiveBytes(given) as alive:
+            out, bias = mlp(x)
+            found = torch.autograd.grad(out, [x, *mlp.parameters()], gradient, allow_unused=True)
+        assert bias is None
+        assert all(each is not None for each in found)
+        return alive.peak - alive.live
+
+    with parallel() as group:
+        mlp = build(transformer_config(ffn_hidden_size=64, **kinds()["swiglu, no bias"]), group)
+        whole = peak(mlp, 512)
+        with settings(mlp_chunks="16"):
+            assert peak(mlp, 512) <= whole / 8
+            short = peak(mlp, 512)
+        with settings(mlp_chunks="64"):
+            assert peak(mlp, 2048) <= 1.02 * short
+
+
+def test_activations_of_one_piece_are_alive(pool):
+    pool.run(live)
 
 
 def untouched(rank):

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megatron_seqpar.memory.chunked import GradientSum, chunked
+from tests.support.live_bytes import LiveBytes
 
 ROWS, BATCH, WIDTH, INNER = 7, 2, 6, 10
 
@@ -248,35 +245,6 @@ def test_stand_ins_for_gradients_added_elsewhere_are_not_summed():
     stand_in, right = sums.result()
     assert stand_in is last
     assert torch.equal(right, torch.full((2,), 3.0))
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside have held at once, counted by their storages."""
-
-    def __init__(self, given) -> None:
-        """given: tensors made before, whose views do not count."""
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in given}
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self.known:
-                continue
-            self.known.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
 
 
 def peak(rows, count, inner=64):

@@ -11,12 +11,15 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside have held at once, counted by their storages."""
+    """Tensors made inside, counted by their storages.
 
-    def __init__(self, given) -> None:
+    peak: the most bytes that they have held at once. live: what they hold. largest: the largest.
+    """
+
+    def __init__(self, given=()) -> None:
         """given: tensors made before, whose views do not count."""
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def _freed(self, key: int, size: int) -> None:
@@ -35,5 +38,6 @@ class LiveBytes(TorchDispatchMode):
             self.known.add(key)
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
+            self.largest = max(self.largest, storage.nbytes())
             weakref.finalize(storage, self._freed, key, storage.nbytes())
         return result

@@ -17,6 +17,7 @@ from megatron_seqpar.integration import (
     mlp,
     packed,
     recompute,
+    recompute_parts,
     roll,
     rotary,
     spec,
@@ -208,6 +209,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         recompute.wrap_layer_forward,
         _ALL,
         "recomputes the Mamba layers of a hybrid model with its others, when asked",
+    ),
+    PatchPoint(
+        "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function",
+        recompute_parts.wrap_topk_routing,
+        _NEW,
+        "a token's experts are added up in one order, whether its layer runs for the first time or "
+        "again",
     ),
     PatchPoint(
         "megatron.core.transformer.mlp.MLP.__init__",

@@ -17,6 +17,7 @@ Engine's fused norm and linear layers there is no norm to repeat; those keep its
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,6 +187,24 @@ def _repeats_mlp(mlp: torch.nn.Module) -> bool:
         return True
     # `mlp.py` replaces this one function
     return getattr(type(mlp), "forward", None) is DenseMLP.forward
+
+
+def wrap_topk_routing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `moe_utils.topk_routing_with_score_function`, which sorts with gradient on only.
+
+    A repeated layer first runs without gradient and then with it: sums over a token's experts would
+    be taken in two orders, and the loss and its gradients be those of two runs that differ by
+    rounding. What is sorted here has no gradient, so nothing else changes.
+    """
+
+    @functools.wraps(original)
+    def topk_routing_with_score_function(*args: Any, **kwargs: Any) -> Any:
+        if state.config().recompute == "none":
+            return original(*args, **kwargs)
+        with torch.enable_grad():
+            return original(*args, **kwargs)
+
+    return topk_routing_with_score_function
 
 
 def _watch_norms(layer: Any) -> None:

@@ -9,7 +9,9 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from megatron_seqpar.attention import Causal, dist_flash_attention
 from megatron_seqpar.attention.transport import ThreadTransport
-from megatron_seqpar.integration import recompute
+from megatron_seqpar.config import SeqParConfig
+from megatron_seqpar.errors import UnsupportedError
+from megatron_seqpar.integration import recompute, state
 
 HEADS, DIM = 2, 8
 
@@ -128,3 +130,50 @@ def test_a_failing_layer_leaves_no_store_behind():
     with pytest.raises(ArithmeticError):
         recompute.checkpointed(fails, torch.ones(1, requires_grad=True), reentrant)
     assert recompute.current() is None
+
+
+def test_what_is_kept_goes_as_backward_goes_and_serves_once():
+    transport = ThreadTransport.run(1, lambda transport: transport)[0]
+    hidden = torch.ones(6, 1, HEADS * DIM, requires_grad=True)
+    stores: list[recompute.Keepsake] = []
+    layer = Layer(transport)
+
+    def watched(hidden):
+        store = recompute.current()
+        assert store is not None
+        stores.append(store)
+        return layer(hidden)
+
+    out = recompute.checkpointed(watched, hidden, reentrant)
+    out.sum().backward(retain_graph=True)
+    assert stores[0] is stores[1]
+    assert stores[0]._kept == [None]
+    with pytest.raises(UnsupportedError, match=r"a second time.*--recompute-granularity full"):
+        out.sum().backward()
+
+
+class Block:
+    """What the patch looks at in a layer."""
+
+    training = True
+
+    def forward(self, hidden, *more, **named):
+        return hidden * 2
+
+
+@pytest.mark.parametrize(
+    ("more", "named", "text"),
+    [
+        ((), {"context": torch.ones(1, requires_grad=True)}, "gets context,"),
+        ((None, torch.ones(1, requires_grad=True)), {}, "gets argument 2,"),
+        ((), {"rotary_pos_emb": (torch.ones(1, requires_grad=True), None)}, "rotary_pos_emb,"),
+    ],
+)
+def test_other_inputs_that_need_a_gradient_are_refused(more, named, text):
+    state.set_config(SeqParConfig(recompute="attention-output"))
+    try:
+        forward = recompute.wrap_layer_forward(Block.forward)
+        with pytest.raises(UnsupportedError, match=text):
+            forward(Block(), torch.ones(1, requires_grad=True), *more, **named)
+    finally:
+        state.set_config(SeqParConfig())

@@ -66,6 +66,7 @@ CASES = {
     "predictions": Case({"calculate_per_token_loss": True}, mtp=1),
     "experts": Case({**EXPERTS, "moe_shared_expert_intermediate_size": 16}),
     "biased experts": Case({**EXPERTS, **BIASED}, tensor=2),
+    "many experts": Case({**EXPERTS, "num_moe_experts": 12, "moe_router_topk": 5}),
     "hybrid": Case(EXPERTS, pattern="M*-*E"),
 }
 

@@ -606,7 +606,10 @@ def test_training_over_the_axis():
     """Through the real launcher, two ranks of the axis, more pieces than divide a rank's tokens."""
     axis = ("--sequence-parallel-size", "2", "--seqpar-kernel", "reference")
     whole = trained(launch(2, *axis, mask=0.3))
-    chunked = trained(launch(2, *axis, "--seqpar-loss-chunks", "5", mask=0.3))
+    ours = ("--seqpar-loss-chunks", "5", "--cross-entropy-loss-fusion")
+    chunked = trained(launch(2, *axis, *ours, mask=0.3))
+    line = "seqpar: --seqpar-loss-chunks 5 takes the place of --cross-entropy-loss-fusion"
+    assert chunked.text.count(line) == 1, "said once, and so the pieces ran"
     assert chunked.losses.keys() == whole.losses.keys() == {1, 2, 3}
     for step, loss in whole.losses.items():
         assert chunked.losses[step] == pytest.approx(loss, rel=2e-6)

@@ -5,10 +5,10 @@
 
 Each way trains the same model on the same text through the launcher, on one rank and on two.
 Memory is measured twice: the high-water mark of the process beyond what it had before the model was
-built, and, on one rank and in a run of its own, the peak of torch's allocator within a step. Times are medians of
-the steps after the first; ratios are of the same round. Without Transformer Engine stock attention
-is unfused and holds an s x s matrix a head: it is left out where that would not fit. All others use
-one flash kernel, so that what differs is recomputation and pieces alone.
+built, and, on one rank and in a run of its own, the peak of torch's allocator within a step. Times
+are medians of the steps after the first; ratios are of the same round. Without Transformer Engine
+stock attention is unfused and holds an s x s matrix a head: it is left out where that would not
+fit. All others use one flash kernel, so that what differs is recomputation and pieces alone.
 """
 
 from __future__ import annotations

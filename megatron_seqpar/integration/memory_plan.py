@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from megatron_seqpar.config import AUTO, SeqParConfig, chunk_count
 from megatron_seqpar.integration import plan, state, steps
 from megatron_seqpar.memory.choose import GIB, Choice, choose
 from megatron_seqpar.memory.sizes import FULL, Activations
+
+ON_DEVICE = 3
+"""Layers whose kept activations are on the device with offloading: leaving, coming and at work."""
 
 LEAST_TOKENS = {"cuda": 1024, "cpu": 256}
 """Rows of a piece below which matrix products get slower on such a device."""
@@ -63,11 +67,12 @@ def decide(args: Any, config: SeqParConfig, model: list[torch.nn.Module]) -> Cho
     budget = torch.tensor(float(budget_bytes(config)), dtype=torch.float64)
     budget = budget if device == "cpu" else budget.cuda()
     dist.all_reduce(budget, op=dist.ReduceOp.MIN)
+    offloads = config.offload != "none" and device == "cuda"
     mlp = chunk_count(config, "mlp_chunks")
     if mlp is None and args.num_experts and not _has_dense_mlps(model):
         mlp = 0  # routed tokens are grouped by expert already
     return choose(
-        activations(args, model),
+        activations(args, model, ON_DEVICE if offloads else sys.maxsize),
         recompute_of(args, config),
         fixed_bytes=state_bytes(args, (p for part in model for p in part.parameters())),
         budget_bytes=int(budget.item()),
@@ -99,8 +104,11 @@ def _has_dense_mlps(model: list[torch.nn.Module]) -> bool:
     return any(isinstance(module, MLP) and id(module) not in inside for module in modules)
 
 
-def activations(args: Any, model: list[torch.nn.Module]) -> Activations:
-    """This rank's share of the model and of one micro-batch."""
+def activations(args: Any, model: list[torch.nn.Module], most: int) -> Activations:
+    """This rank's share of the model and of one micro-batch.
+
+    most: layers whose kept activations the device holds at a time.
+    """
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     heads, tensor_parallel = plan.heads_of(args), args.tensor_model_parallel_size
@@ -112,11 +120,10 @@ def activations(args: Any, model: list[torch.nn.Module]) -> Activations:
     layers = sum(
         isinstance(module, TransformerLayer) for part in model for module in part.modules()
     )
-    heads_to_predict = 1 + (getattr(args, "mtp_num_layers", None) or 0)
     last = any(hasattr(_unwrapped(part), "output_layer") for part in model)
     return Activations(
         tokens=args.seq_length // args.context_parallel_size * args.micro_batch_size,
-        layers=layers * in_flight(args) // len(model),
+        layers=min(layers * in_flight(args) // len(model), most),
         element=torch.empty(0, dtype=args.params_dtype).element_size(),
         hidden=args.hidden_size,
         query=heads["query_heads"] * heads["head_dim"],
@@ -124,8 +131,10 @@ def activations(args: Any, model: list[torch.nn.Module]) -> Activations:
         heads=heads["query_heads"],
         mlp_up=down * (2 if gated else 1),
         mlp_down=down,
-        vocabulary=last * heads_to_predict * args.padded_vocab_size // tensor_parallel,
+        vocabulary=last * args.padded_vocab_size // tensor_parallel,
         shared=tensor_parallel if args.sequence_parallel else 1,
+        predictions=1 + (getattr(args, "mtp_num_layers", None) or 0),
+        sums=not args.gradient_accumulation_fusion,
     )
 
 
@@ -213,7 +222,7 @@ def line(choice: Choice, stage: int | None = None) -> str:
     )
     if not choice.fits:
         text += (
-            ". This does not fit by the formulas; use a larger --sequence-parallel-size, "
-            "--seqpar-recompute attention-output or --seqpar-offload stash"
+            ". This does not fit by the formulas: raise --sequence-parallel-size, or see what "
+            "--seqpar-recompute attention-output and --seqpar-offload stash save"
         )
     return text

@@ -31,6 +31,9 @@ class Activations:
         one's input; the first is twice the second in gated MLPs.
     vocabulary: logits per token on this rank; 0 on a stage without an LM head.
     shared: ranks over which TP-SP splits what lies between the linear layers; 1 without it.
+    predictions: logits per token and label: more than 1 with multi-token prediction.
+    sums: whether weight gradients of pieces are summed beside the gradient buffer, in fp32; not
+        with gradient-accumulation fusion, which adds them to the buffer.
     """
 
     tokens: int
@@ -44,6 +47,8 @@ class Activations:
     mlp_down: int
     vocabulary: int
     shared: int = 1
+    predictions: int = 1
+    sums: bool = True
 
     def kept_per_layer(self, recompute: str, mlp_chunks: int = 0) -> int:
         """Bytes that a layer keeps from forward to backward for one micro-batch.
@@ -60,7 +65,8 @@ class Activations:
         elif recompute == "attention-qkv":
             elements = 2 * residual + 2 * query + pair + statistics
         else:
-            elements = 4 * residual + 2 * query + pair + statistics
+            # values are a view of the product of queries, keys and values, which stays whole
+            elements = 4 * residual + 3 * query + 1.5 * pair + statistics
             if recompute == "none" and mlp_chunks == 0:
                 elements += self._mlp_saved()
         return round(self.tokens * elements * self.element)
@@ -82,17 +88,26 @@ class Activations:
             mlp += self._mlp_saved() / pieces
         # gradients of q, k and v, summed in fp32 and then handed on in the activations' dtype
         attention = (self.query + self.key_value) * (1 + 4 / self.element) + self.query
-        return round(self.tokens * self.element * (again + 2 * residual + max(mlp, attention)))
+        sums = 4 * self.hidden * (self.mlp_up + self.mlp_down) * (self.sums and mlp_chunks > 1)
+        widest = max(
+            mlp * self.tokens * self.element + sums, attention * self.tokens * self.element
+        )
+        return round(self.tokens * self.element * (again + 2 * residual) + widest)
 
     def loss_moment(self, loss_chunks: int = 0) -> int:
         """Bytes of logits and their gradients at the fullest; 0 without an LM head.
 
         Logits and their gradients in the activations' dtype, and the softmax in fp32; fp32 logits
-        become the softmax in place.
+        become the softmax in place. Uncut, the logits of every prediction are there at once. The
+        Triton kernel needs no fp32 softmax; it is reckoned with all the same.
         """
+        if not self.vocabulary:
+            return 0
         per_logit = 4 + (0 if self.element == 4 else 2 * self.element)
-        logits = self.tokens * self.vocabulary * per_logit / max(1, loss_chunks)
-        return round(logits + (self.tokens * self.hidden * self.element if logits else 0))
+        logits: float = self.tokens * self.vocabulary * per_logit
+        logits = logits / loss_chunks if loss_chunks else logits * self.predictions
+        sums = 4 * self.hidden * self.vocabulary * (self.sums and loss_chunks > 1)
+        return round(logits + sums + self.tokens * self.hidden * self.element)
 
     def peak(self, recompute: str, mlp_chunks: int = 0, loss_chunks: int = 0) -> int:
         """Bytes of activations at the fullest moment of a step."""

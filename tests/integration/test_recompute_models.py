@@ -19,6 +19,7 @@ from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import install, offload, recompute_parts, state
 from megatron_seqpar.integration.batch import narrow_batch
 from megatron_seqpar.memory.offload import Stash
+from megatron_seqpar.memory.sizes import Activations
 from tests.integration.test_document_models import LATENT, PLAIN, pack
 from tests.support.live_bytes import LiveBytes
 from tests.support.pool import GlooPool
@@ -352,18 +353,30 @@ def check_kept(rank: int, case: Case, expected: dict[str, int]) -> None:
     assert found["none"] > found["mlp"] > found["attention-qkv"] > found["attention-output"]
 
 
-def formulas(hidden: int, queries: int, keys: int, heads: int, norm: int) -> dict[str, int]:
-    """Bytes a token and layer in fp32, as documented.
+def documented(norm: int) -> dict[str, int]:
+    """Bytes a token and layer in fp32: `memory.sizes`, and the small things that it leaves out.
 
-    queries, keys: heads times their size. norm: numbers that a norm keeps besides its input. The
-    tables of rotary embeddings that are not fused come on top: four head sizes a position.
+    norm: numbers that a norm keeps besides its input. The tables of rotary embeddings that are not
+    fused come on top: four head sizes a position.
     """
-    tables = 4 * (queries // heads) // BATCH
-    output = hidden + queries + heads
-    qkv = 2 * (hidden + norm) + 2 * queries + 2 * keys + heads + tables
-    # both norms' outputs, and what queries, keys and values were cut out of but for the values
-    mlp = qkv + 2 * hidden + queries + keys
-    return {"mlp": 4 * mlp, "attention-qkv": 4 * qkv, "attention-output": 4 * output}
+    hidden, heads, groups = (
+        PLAIN[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups")
+    )
+    sizes = Activations(
+        tokens=1,
+        layers=1,
+        element=4,
+        hidden=hidden,
+        query=hidden,
+        key_value=2 * hidden * groups // heads,
+        heads=heads,
+        mlp_up=4 * hidden,
+        mlp_down=4 * hidden,
+        vocabulary=0,
+    )
+    small = dict.fromkeys(MODES, 2 * norm + 4 * (hidden // heads) // BATCH)
+    small["attention-output"] = 0
+    return {mode: sizes.kept_per_layer(mode) + 4 * small[mode] for mode in MODES}
 
 
 def check_refused(rank: int) -> None:
@@ -428,7 +441,7 @@ def test_a_layer_keeps_what_is_documented(pool, normalization):
     # the mean and the spread; torch's RMSNorm, which is not fused on a CPU, keeps what it scales
     norm = 2 if normalization == "LayerNorm" else 1 + 32
     case = Case({"normalization": normalization})
-    pool.run(check_kept, case, formulas(32, 32, 16, 4, norm))
+    pool.run(check_kept, case, documented(norm))
 
 
 def test_an_unknown_mlp_is_refused(pool):

@@ -116,7 +116,11 @@ def test_logits_by_hand() -> None:
     assert LLAMA3_8B.loss_moment() == LLAMA3_8B.tokens * 128256 * 8 + 2 * hidden
     fp32 = dataclasses.replace(LLAMA3_8B, element=4)
     assert fp32.loss_moment() == fp32.tokens * 128256 * 4 + 4 * hidden
-    assert LLAMA3_8B.loss_moment(16) == LLAMA3_8B.tokens * 128256 * 8 / 16 + 2 * hidden
+    sums = 4 * 4096 * 128256
+    assert LLAMA3_8B.loss_moment(16) == LLAMA3_8B.tokens * 128256 * 8 / 16 + sums + 2 * hidden
+    fused = dataclasses.replace(LLAMA3_8B, sums=False, predictions=3)
+    assert fused.loss_moment(16) == LLAMA3_8B.tokens * 128256 * 8 / 16 + 2 * hidden
+    assert fused.loss_moment() == LLAMA3_8B.tokens * 128256 * 8 * 3 + 2 * hidden
     middle = dataclasses.replace(LLAMA3_8B, vocabulary=0)
     assert middle.loss_moment() == 0
 

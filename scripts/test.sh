@@ -35,7 +35,8 @@ if [[ ${#arguments[@]} -gt 0 ]]; then
 fi
 # tests that compute in their own process share two workers; the others start ranks of their own,
 # with time limits, and run one after the other
-alone=(tests/attention tests/simulate tests/commands tests/data tests/telemetry tests/test_repository.py)
+alone=(tests/attention tests/memory tests/simulate tests/commands tests/data tests/telemetry)
+alone+=(tests/test_repository.py)
 status=0
 "${pytest[@]}" -n 2 --dist loadfile "${alone[@]}" || status=$?
 "${pytest[@]}" "${alone[@]/#/--ignore=}" || status=$?

@@ -7,6 +7,9 @@
     axis          process group, getters, ProcessGroupCollection.sp
     batch, rotary, roll, mamba   contiguous tokens where stock code pairs chunks
     core_attention, spec         our attention in any layer spec, audited after the build
+    recompute, recompute_parts   layers run again in backward, their attention never
+    mlp, lm_head  MLPs, logits and loss in pieces of the sequence; memory_plan chooses how many
+    offload       what recomputation keeps, in host memory
     loss          exact averages over the axis
     state         the settings in force
 

@@ -4,8 +4,9 @@
     spans           a length cut into as many pieces as asked for
     chunked         any per-token function run piece by piece, in forward and in backward
     cross_entropy   LM head and loss piece by piece: logits of the whole sequence never exist
+    logit_rows      the rows of a piece: what torch or Triton (triton_cross_entropy) makes of them
     offload         what backward will want, kept in host memory meanwhile
-    sizes           how much each of these keeps, as formulas
+    sizes, choose   how much all that keeps, as formulas, and the pieces that make a step fit
 
 The idea of computing MLP and LM head over pieces of the sequence is that of Mini-Sequence
 Transformer (arXiv 2407.15892, section 3).

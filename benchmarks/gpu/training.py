@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few steps of Megatron's own training on the GPU: stock, with the plugin, split over two ranks.
+"""A few steps of Megatron's own training on the GPU: stock, with the plugin, over two ranks.
 
 The same model, data and seed every time, in bf16; losses must agree. The two ranks share the GPU,
 over gloo or NCCL as in `processes`, each started as if alone on its host.
@@ -29,6 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain_gpt.py"
 MODEL = ROOT / "configs" / "models" / "benchmark.yaml"
 TOLERANCE = 5e-3  # relative, of bf16 losses; fp32 ones agree to far less
+SAVES_MEMORY = (
+    *("--seqpar-recompute", "attention-output", "--seqpar-offload", "stash"),
+    *("--seqpar-mlp-chunks", "4", "--seqpar-loss-chunks", "4"),
+)
 _LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
 
 
@@ -53,6 +57,7 @@ def ways(settings: Settings) -> list[Way]:
         Way(f"plugin, {kernel} attention", 1, True, backend, ("--seqpar-kernel", kernel))
         for kernel in found_kernels(settings.device)
     ]
+    found.append(Way("plugin, all that saves memory", 1, True, backend, SAVES_MEMORY))
     found.append(Way("SP=2, gloo", 2, True, "gloo", sp2))
     if settings.on_gpu:
         found.append(Way("SP=2, NCCL", 2, True, "nccl", sp2, may_be_refused=True))

@@ -229,6 +229,33 @@ class _Forward(_Ranges):
             self.sum.add(out[:, there], lse[:, :, there], here, slice(*transfer.heads))
 
 
+class _OwnQueries:
+    """This rank's queries as Q-routes send them in backward: (q, dout, lse and delta).
+
+    Apart from `_Backward`, which holds it: a method of that would close a circle, and all tensors
+    of a backward pass would stay until Python's garbage collector happens to run.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        self.q, self.dout, self.out, self.lse = q, dout, out, lse
+        self._delta: torch.Tensor | None = None
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """rowsum(dout * out), `[b, h, s_local]`, made when a Q-route first asks for it."""
+        if self._delta is None:
+            dtype = accumulate_dtype(self.q.dtype)
+            product = self.dout.to(dtype) * self.out.to(dtype)
+            self._delta = product.sum(-1).transpose(1, 2)
+        return self._delta
+
+    def __call__(self, at: slice, heads: slice) -> Tensors:
+        stats = torch.stack((self.lse[:, heads, at], self.delta[:, heads, at]))
+        return self.q[:, at, heads], self.dout[:, at, heads], stats
+
+
 class _Backward(_Ranges):
     def __init__(
         self,
@@ -242,30 +269,16 @@ class _Backward(_Ranges):
     ) -> None:
         super().__init__(run, run.plan.backward())
         self.q, self.k, self.v, self.dout, self.out, self.lse = q, k, v, dout, out, lse
-        self._delta: torch.Tensor | None = None
         self.dq, self.dk, self.dv = (GradAccumulator(t, *t.shape[1:3]) for t in (q, k, v))
         self.for_others: dict[Key, tuple[GradAccumulator, ...]] = {}
         self.operands = Operands(
             self.problem.layout,
             self.rank,
             {
-                Payload.Q_GRAD: self._own_queries,
+                Payload.Q_GRAD: _OwnQueries(q, dout, out, lse),
                 Payload.KV: lambda at, heads: (k[:, at, heads], v[:, at, heads]),
             },
         )
-
-    @property
-    def delta(self) -> torch.Tensor:
-        """rowsum(dout * out), `[b, h, s_local]`, made when a Q-route first asks for it."""
-        if self._delta is None:
-            dtype = accumulate_dtype(self.q.dtype)
-            product = self.dout.to(dtype) * self.out.to(dtype)
-            self._delta = product.sum(-1).transpose(1, 2)
-        return self._delta
-
-    def _own_queries(self, at: slice, heads: slice) -> Tensors:
-        stats = torch.stack((self.lse[:, heads, at], self.delta[:, heads, at]))
-        return self.q[:, at, heads], self.dout[:, at, heads], stats
 
     def outgoing(self, transfer: Transfer) -> Tensors:
         if transfer.payload in RETURNS:

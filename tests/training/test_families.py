@@ -110,7 +110,7 @@ def test_tensor_parallelism_cannot_share_out_33_heads(parsed: dict[str, dict[str
 MEMORY = "--seqpar-recompute attention-output --seqpar-loss-chunks 3"
 LAYOUTS = {"sp2": (2, ""), "sp2-memory": (2, MEMORY), "sp4": (4, "")}
 """Name -> size of the axis, and what else is asked for."""
-QUICK = [("llama2-33-heads", "sp2"), ("qwen3", "sp2-memory"), ("gemma2", "sp2-memory")]
+QUICK = [("gemma2", "sp2-memory")]
 SLOW = [
     *((name, layout) for name in FAMILIES for layout in ("sp2", "sp2-memory")),
     ("llama2-33-heads", "sp4"),

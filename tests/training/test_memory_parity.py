@@ -75,6 +75,7 @@ def test_fifty_steps_are_the_same(
         assert entry["offload"]["bytes_out"] == 0, "on a CPU nothing is moved"
 
 
+@pytest.mark.slow
 def test_tied_weights_with_everything_on(corpus: Corpus, cache: Path, tmp_path: Path) -> None:
     """The weight of embedding and head gets its gradient from both, once."""
     shape = Setting(corpus, cache, tmp_path, steps=10)

@@ -29,8 +29,9 @@ import memory_plot
 from memory_ways import Outcome, figures, run, ways
 
 from megatron_seqpar.data import StandardLibrary, prepare_corpus
+from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart.machine import look
-from megatron_seqpar.quickstart.plan import Training, read_model
+from megatron_seqpar.quickstart.plan import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 2  # the optimizer's state is there from the first step's end
@@ -150,7 +151,7 @@ def main(
         **machine.describe(),
         "device": here.name,
         "name": model.stem,
-        "model": read_model(model),
+        "model": read_flags(model),
         "limit": limit,
         "pieces": pieces,
         "precision": precision,

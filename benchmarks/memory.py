@@ -29,8 +29,9 @@ import memory_plot
 from memory_ways import MIB, Outcome, Way, figures, run, unfused_gib, ways
 
 from megatron_seqpar.data import StandardLibrary, prepare_corpus
+from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart.machine import Machine, look
-from megatron_seqpar.quickstart.plan import Training, read_model
+from megatron_seqpar.quickstart.plan import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "none"
@@ -175,7 +176,7 @@ def main(
     result = {
         **machine.describe(),
         "device": here.name,
-        "model": read_model(model),
+        "model": read_flags(model),
         "pieces": pieces,
         "by_ranks": by_ranks,
     }

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart.machine import Machine
-from megatron_seqpar.quickstart.plan import FUSED_KERNELS, Run, Training, read_model
+from megatron_seqpar.quickstart.plan import FUSED_KERNELS, Run, Training
 from megatron_seqpar.quickstart.runs import launch_command, reason
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +79,7 @@ def unfused_gib(model: Path, length: int, full: bool) -> float:
 
     Every layer keeps a matrix unless it is computed again; five live at once in backward.
     """
-    values = read_model(model)
+    values = read_flags(model)
     layers = 0 if full else int(values["num-layers"])
     matrices = 5 + 2 * layers
     return matrices * int(values["num-attention-heads"]) * length * length * 4 / 2**30

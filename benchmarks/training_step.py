@@ -161,11 +161,11 @@ def main(
     ),
 ) -> None:
     """Measure and print; see the text at the top of this file."""
-    from megatron_seqpar.quickstart.plan import read_model
+    from megatron_seqpar.mfu import read_flags
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     corpus = prepare_corpus(StandardLibrary(), work / "stdlib")
-    heads = int(read_model(model)["num-attention-heads"])
+    heads = int(read_flags(model)["num-attention-heads"])
     by_length: dict[str, Any] = {}
     for length in (int(t) for t in tokens.split(",")):
         training = Training(model, corpus, work / "cache", steps, length, batch=1)
@@ -188,7 +188,7 @@ def main(
                 )
             measured.append(row)
         by_length[str(length)] = {**_summary(measured), "left_out": skipped}
-    result = {**machine.describe(), "model": read_model(model), "by_length": by_length}
+    result = {**machine.describe(), "model": read_flags(model), "by_length": by_length}
     table = Table(title="Training step (medians)")
     for column in (
         "tokens", "way", "s/step", "tokens/s", "time / SP=2", "peak since start, MiB",

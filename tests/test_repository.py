@@ -77,6 +77,7 @@ FORBIDDEN = {
         "cpu_runtime",
         "commands",
     ),
+    "mfu": ("megatron", "torch", "attention", "memory", "planner", "integration", "launcher"),
     "telemetry": ("megatron", "integration", "launcher", "attention", "memory"),
     "cpu_runtime": ("integration", "launcher", "attention", "memory", "planner"),
     "errors": ("megatron", "torch", "integration"),

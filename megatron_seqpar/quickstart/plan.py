@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_seqpar.data import Corpus, tokenizer_arguments
-from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart.machine import Machine
 
 FUSED_KERNELS = {"cpu": "cpu", "cuda": "aten"}
@@ -85,24 +83,9 @@ def flags(values: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def read_model(path: Path) -> dict[str, Any]:
-    """The flags of a model file. Raises SeqParError for anything but a flat mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SeqParError(f"--model {path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise SeqParError(f"--model {path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict) or any(
-        isinstance(value, (dict, list)) for value in content.values()
-    ):
-        raise SeqParError(f"--model {path}: one 'megatron-flag: value' a line is expected")
-    return content
-
-
 def model_arguments(path: Path) -> list[str]:
     """A model file as Megatron's arguments."""
-    return flags(read_model(path))
+    return flags(read_flags(path))
 
 
 def plan(training: Training, machine: Machine, *, schedule: str = "auto") -> list[Run]:
@@ -149,6 +132,6 @@ def left_out(model: Path, size: int) -> str | None:
 
 
 def _heads(model: Path) -> tuple[int, int]:
-    values = read_model(model)
+    values = read_flags(model)
     heads = int(values.get("num-attention-heads", 1))
     return heads, int(values.get("num-query-groups", heads))

@@ -5,9 +5,10 @@ import pytest
 
 from megatron_seqpar.data import Corpus
 from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart import machine
 from megatron_seqpar.quickstart.machine import Machine
-from megatron_seqpar.quickstart.plan import Run, Training, flags, left_out, plan, read_model
+from megatron_seqpar.quickstart.plan import Run, Training, flags, left_out, plan
 
 MODEL = Path(__file__).parents[2] / "configs" / "models" / "quickstart.yaml"
 
@@ -29,7 +30,7 @@ def test_flags() -> None:
 
 
 def test_the_model_is_llama_shaped() -> None:
-    model = read_model(MODEL)
+    model = read_flags(MODEL)
     assert (model["normalization"], model["swiglu"]) == ("RMSNorm", True)
     assert model["position-embedding-type"] == "rope"
     assert model["num-query-groups"] < model["num-attention-heads"]
@@ -78,12 +79,12 @@ def test_all_runs_train_on_the_same() -> None:
 def test_a_model_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(SeqParError, match="--model"):
-        read_model(tmp_path / "m.yaml")
+        read_flags(tmp_path / "m.yaml")
 
 
 def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SeqParError, match="no such file"):
-        read_model(tmp_path / "m.yaml")
+        read_flags(tmp_path / "m.yaml")
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

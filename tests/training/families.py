@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_seqpar.quickstart.plan import flags, read_model
+from megatron_seqpar.mfu import read_flags
+from megatron_seqpar.quickstart.plan import flags
 from tests.training.runs import ROOT
 
 MODELS = ROOT / "configs" / "models"
@@ -103,7 +104,7 @@ def heads_of(model: dict[str, Any]) -> tuple[int, int]:
 
 def small(path: Path) -> dict[str, Any]:
     """The flags of a model file, scaled down by the rule above."""
-    model = {name: value for name, value in read_model(path).items() if name not in LEFT_OUT}
+    model = {name: value for name, value in read_flags(path).items() if name not in LEFT_OUT}
     heads, kv_heads = heads_of(model)
     width = int(model.get("kv-channels", model["hidden-size"] // heads))
     small_heads, small_kv_heads = heads, kv_heads

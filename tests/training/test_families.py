@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from megatron_seqpar.data import Corpus
-from megatron_seqpar.quickstart.plan import read_model
+from megatron_seqpar.mfu import read_flags
 from tests.integration.dump_gradients import compare
 from tests.training import families
 from tests.training.families import FAMILIES, LENGTH
@@ -72,7 +72,7 @@ def test_every_full_size_file_is_a_family() -> None:
 
 
 def layers(path: Path) -> int:
-    return int(read_model(path)["num-layers"])
+    return int(read_flags(path)["num-layers"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -83,7 +83,7 @@ def test_a_model_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -
 
 
 def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SeqParError, match="no such file"):
+    with pytest.raises(SeqParError, match="No such file"):
         read_flags(tmp_path / "m.yaml")
 
 

@@ -24,17 +24,25 @@ def version() -> str:
     return found.group(1)
 
 
-class BuildWithConfigs(build_py):
-    """Puts configs/clusters into the package, where an installed simulator looks for it."""
+class BuildWithFiles(build_py):
+    """Puts files into the package that an installed one looks for there.
+
+    Clusters and models of configs/, and the pretraining script that benchmarks run.
+    """
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "megatron_seqpar" / "configs" / "clusters"
-        target.mkdir(parents=True, exist_ok=True)
-        for path in sorted((HERE / "configs" / "clusters").glob("*.yaml")):
-            shutil.copyfile(path, target / path.name)
+        for folder, pattern in (
+            ("configs/clusters", "*.yaml"),
+            ("configs/models", "*.yaml"),
+            ("scripts", "pretrain_gpt.py"),
+        ):
+            target = Path(self.build_lib) / "megatron_seqpar" / folder
+            target.mkdir(parents=True, exist_ok=True)
+            for path in sorted((HERE / folder).glob(pattern)):
+                shutil.copyfile(path, target / path.name)
 
 
 PLOT = ["matplotlib", "tensorboard"]
@@ -77,6 +85,6 @@ setup(
             "types-PyYAML",
         ],
     },
-    cmdclass={"build_py": BuildWithConfigs},
+    cmdclass={"build_py": BuildWithFiles},
     entry_points={"console_scripts": ["megatron-seqpar = megatron_seqpar.cli:main"]},
 )

@@ -16,10 +16,10 @@ from megatron_seqpar.data import Corpus, JsonLines, Source, StandardLibrary, pre
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.quickstart import compare, machine, runs
 from megatron_seqpar.quickstart.plan import Training, left_out, plan
+from megatron_seqpar.shipped import model_file, pretraining_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
-MODEL = REPOSITORY / "configs" / "models" / "quickstart.yaml"
+PACKAGE = Path(__file__).resolve().parents[1]
+MODEL = model_file("quickstart")
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
@@ -77,7 +77,8 @@ def quickstart(
         training = Training(model, corpus, output / "cache", steps, seq_length, batch)
         todo = plan(training, here, schedule=schedule)
         data = f"{corpus.tokens}:{Path(corpus.data_path + '.json').read_text(encoding='utf-8')}"
-        sources = [REPOSITORY / "megatron_seqpar", SCRIPT]
+        script = pretraining_script()
+        sources = [PACKAGE, script]
         results = []
         for index, run in enumerate(todo, start=1):
             folder = output / run.name
@@ -86,7 +87,7 @@ def quickstart(
             header = f"[{index}/{len(todo)}] {run.label}: {run.ranks} rank(s), {run.attention}"
             if report is None:
                 console.print(f"\n{header} (log: {folder / 'log.txt'})", markup=False)
-                command = runs.launch_command(run, here, SCRIPT, folder / runs.REPORT)
+                command = runs.launch_command(run, here, script, folder / runs.REPORT)
                 report = runs.train(run.label, command, here.environment(), folder, key, _show)
             else:
                 console.print(f"\n{header}: reused from {folder}", markup=False)

@@ -67,6 +67,7 @@ setup(
         "typer",
         "rich",
         "PyYAML",
+        "pydantic>=2",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],

@@ -5,10 +5,16 @@ documents.py   where the text comes from: a Python standard library, or a JSON-l
 corpus.py      bytes as tokens, written with Megatron's own builder, reused when unchanged
 """
 
-from megatron_seqpar.data.corpus import Corpus, prepare_corpus, tokenizer_arguments
+from megatron_seqpar.data.corpus import (
+    VOCABULARY_SIZE,
+    Corpus,
+    prepare_corpus,
+    tokenizer_arguments,
+)
 from megatron_seqpar.data.documents import Document, JsonLines, Source, StandardLibrary
 
 __all__ = [
+    "VOCABULARY_SIZE",
     "Corpus",
     "Document",
     "JsonLines",

@@ -10,10 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from megatron_seqpar.data import Corpus, JsonLines, Source, StandardLibrary, prepare_corpus
 from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.experiments.corpus import STDLIB, corpus_of, fingerprint
 from megatron_seqpar.quickstart import compare, machine, runs
 from megatron_seqpar.quickstart.plan import Training, left_out, plan
 from megatron_seqpar.shipped import model_file, pretraining_script
@@ -22,27 +21,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MODEL = model_file("quickstart")
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-
-
-def corpus_of(input: Path | None, json_key: str, output: Path, fresh: bool) -> Corpus:
-    """Build or reuse the corpus, with a progress bar."""
-    source: Source = StandardLibrary() if input is None else JsonLines(input, json_key)
-    name = "stdlib" if input is None else input.stem
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("corpus", total=source.size)
-        corpus = prepare_corpus(
-            source,
-            output / "data" / name,
-            key=json_key,
-            fresh=fresh,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    state = "reused" if corpus.reused else "written"
-    console.print(
-        f"corpus {state}: {corpus.documents:,} documents, {corpus.tokens:,} tokens (bytes), "
-        f"longest {corpus.longest:,}"
-    )
-    return corpus
 
 
 def quickstart(
@@ -73,10 +51,11 @@ def quickstart(
         for note in (*here.notes, left_out(model, here.ranks)):
             if note is not None:
                 console.print(f"note: {note}")
-        corpus = corpus_of(input, json_key, output, fresh)
+        text = STDLIB if input is None else str(input)
+        corpus = corpus_of(text, output / "data", console, key=json_key, fresh=fresh)
         training = Training(model, corpus, output / "cache", steps, seq_length, batch)
         todo = plan(training, here, schedule=schedule)
-        data = f"{corpus.tokens}:{Path(corpus.data_path + '.json').read_text(encoding='utf-8')}"
+        data = fingerprint(corpus)
         script = pretraining_script()
         sources = [PACKAGE, script]
         results = []

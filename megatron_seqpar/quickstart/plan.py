@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_seqpar.data import Corpus, tokenizer_arguments
+from megatron_seqpar.experiments.training import Training, flags
 from megatron_seqpar.mfu import read_flags
 from megatron_seqpar.quickstart.machine import Machine
 
@@ -24,63 +23,6 @@ class Run:
     attention: str
     ranks: int
     arguments: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Training:
-    """What all runs share."""
-
-    model: Path
-    corpus: Corpus
-    cache: Path
-    steps: int
-    sequence_length: int
-    batch: int
-    seed: int = 1234
-
-    def arguments(self) -> list[str]:
-        """Megatron's arguments of model, data, batch and optimizer.
-
-        Weights are initialised on the CPU so that tensor parallelism starts from the same ones,
-        and the loss is a mean over tokens, so that all runs compute the same quantity.
-        """
-        pairs: dict[str, Any] = {
-            "seq-length": self.sequence_length,
-            "max-position-embeddings": self.sequence_length,
-            "micro-batch-size": 1,
-            "global-batch-size": self.batch,
-            "train-iters": self.steps,
-            "lr": 2e-3,
-            "min-lr": 2e-4,
-            "lr-decay-style": "cosine",
-            "lr-warmup-iters": min(3, self.steps - 1),
-            "weight-decay": 0.1,
-            "adam-beta2": 0.95,
-            "clip-grad": 1.0,
-            "seed": self.seed,
-            "use-cpu-initialization": True,
-            "calculate-per-token-loss": True,
-            "no-create-attention-mask-in-dataloader": True,
-            "data-path": self.corpus.data_path,
-            "data-cache-path": str(self.cache),
-            "split": "100,0,0",
-            "num-workers": 0,
-            "eval-iters": 0,
-            "eval-interval": 1000000,
-            "log-interval": 1,
-        }
-        return [*model_arguments(self.model), *flags(pairs), *tokenizer_arguments()]
-
-
-def flags(values: dict[str, Any]) -> list[str]:
-    """`{"num-layers": 2, "swiglu": True}` as arguments; a false switch is left out."""
-    arguments = []
-    for name, value in values.items():
-        if value is True:
-            arguments.append(f"--{name}")
-        elif value is not False and value is not None:
-            arguments += [f"--{name}", str(value)]
-    return arguments
 
 
 def model_arguments(path: Path) -> list[str]:

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a comparison from its file to its table, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_seqpar.compare import plot, result, table
+from megatron_seqpar.compare.config import CompareConfig
+from megatron_seqpar.compare.ways import UNFUSED, Way, ways
+from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.experiments import host
+from megatron_seqpar.experiments.corpus import corpus_of, fingerprint
+from megatron_seqpar.experiments.job import Job
+from megatron_seqpar.experiments.layout import STOCK
+from megatron_seqpar.experiments.run_all import refused, run_job
+from megatron_seqpar.experiments.setting import read_setting
+from megatron_seqpar.experiments.store import Store, slug, write_whole
+from megatron_seqpar.experiments.training import Training, flags
+from megatron_seqpar.quickstart.machine import Machine, look
+from megatron_seqpar.quickstart.plan import FUSED_KERNELS
+from megatron_seqpar.shipped import pretraining_script
+
+
+def run_comparison(
+    path: Path,
+    folder: Path,
+    json_file: Path,
+    picture: Path,
+    *,
+    retry: bool,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    """Do what `megatron-seqpar compare` says. Raises SeqParError for a wrong file."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    config = read_setting(CompareConfig, path)
+    machine = look(config.device, config.launch.ranks_per_node or config.ranks)
+    corpus = corpus_of(config.data, folder / "data", console)
+    chosen = FUSED_KERNELS[machine.device] if config.kernel == "auto" else config.kernel
+    trainings = {
+        length: Training(
+            config.model,
+            corpus,
+            folder / "cache",
+            config.steps,
+            length,
+            config.global_batch_size,
+            config.seed,
+            config.micro_batch_size,
+            config.changes,
+            config.arguments,
+        )
+        for length in config.seq_length
+    }
+    model = next(iter(trainings.values())).sizes()
+    todo = ways(config, model, chosen, has_te=machine.has_transformer_engine)
+    if dry_run:
+        for length, training in trainings.items():
+            for way in todo:
+                why = _why_not(way, config, training)
+                job = _job(way, training, config, machine)
+                console.print(f"# {length:,} tokens, {way.label}", markup=False)
+                console.print(
+                    f"# not run: {why}" if why else job.shell(), markup=False, soft_wrap=True
+                )
+        return
+    if fresh:
+        shutil.rmtree(folder / "rows", ignore_errors=True)
+    store = Store(folder)
+    console.print(
+        f"device: {machine.name}; {config.ranks} ranks; rows and logs: {folder}", markup=False
+    )
+    for note in machine.notes:
+        console.print(f"note: {note}", markup=False)
+    data = fingerprint(corpus)
+    by_length: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for length, training in trainings.items():
+            by_length[str(length)] = [
+                _row(way, training, config, machine, store, data, console, place, retry)
+                for way, place in zip(todo, _places(len(todo)), strict=True)
+            ]
+    except KeyboardInterrupt:
+        raise SeqParError(
+            "interrupted: finished rows are kept, and the same command goes on with the next"
+        ) from None
+    every = [row for rows in by_length.values() for row in rows]
+    peak = result.peak_of_rows(every, config.peak_tflops)
+    judged = {
+        length: result.judge(rows, model, int(length), config.global_batch_size, peak)
+        for length, rows in by_length.items()
+    }
+    unfused = any(w.layout.kernel == STOCK for w in todo) and not machine.has_transformer_engine
+    said = result.notes(every, peak, UNFUSED if unfused else "")
+    title = (
+        f"{config.model.stem}: {model.layers} layers, hidden {model.hidden}, "
+        f"{model.query_heads} query heads, {model.kv_heads} KV heads; {machine.name}"
+    )
+    for name, rows in judged.items():
+        console.print()
+        console.print(table.cost_table(rows, f"{title}; {int(name):,} tokens a sequence"))
+        for line in table.failures(rows):
+            console.print(line, markup=False)
+        traffic = table.traffic_table(rows)
+        if traffic is not None:
+            console.print(traffic)
+    for note in said:
+        console.print(f"note: {note}", markup=False)
+    content = {
+        **host.describe(),
+        "model": trainings[config.seq_length[0]].model_flags(),
+        "setting": config.model_dump(mode="json", by_alias=True, exclude={"model", "script"}),
+        "peak": None if peak is None else asdict(peak),
+        "notes": said,
+        "by_length": judged,
+    }
+    write_whole(json_file, json.dumps(content, indent=1) + "\n")
+    plot.plot(judged, title, picture)
+    console.print(f"result: {json_file}    picture: {picture}", markup=False)
+
+
+def _places(count: int) -> Iterator[str]:
+    return (f"[{index}/{count}]" for index in range(1, count + 1))
+
+
+def _why_not(way: Way, config: CompareConfig, training: Training) -> str | None:
+    """Why a way cannot run, None if it can."""
+    model = replace(training, changes={**training.changes, **way.changes}).sizes()
+    return way.unavailable or way.layout.impossible(model, config.global_batch_size)
+
+
+def _job(way: Way, training: Training, config: CompareConfig, machine: Machine) -> Job:
+    trained = replace(training, changes={**training.changes, **way.changes})
+    arguments = [*trained.arguments(), *machine.arguments(), *way.layout.arguments()]
+    launch = config.launching()
+    if way.layout.ranks == 1:  # one rank has no hosts to be spread over
+        launch = replace(launch, prefix=(), torchrun_args="", ranks_per_node=None)
+    return Job(
+        name=slug(f"{training.sequence_length}-{way.label}"),
+        ranks=way.layout.ranks,
+        arguments=(*arguments, *flags(way.extra)),
+        script=config.script or pretraining_script(),
+        device=machine.device,
+        launch=launch,
+        environment=tuple(sorted(config.environment.items())),
+        limit_bytes=config.limit_bytes(way.layout.ranks, machine.device),
+        seconds=config.seconds,
+    )
+
+
+def _row(
+    way: Way,
+    training: Training,
+    config: CompareConfig,
+    machine: Machine,
+    store: Store,
+    data: str,
+    console: Console,
+    place: str,
+    retry: bool,
+) -> dict[str, Any]:
+    layout = way.layout
+    facts = {
+        "label": way.label,
+        "attention": way.attention,
+        "layout": {**asdict(layout), "dp": layout.dp},
+        "changes": dict(way.changes),
+        "note": way.note,
+    }
+    header = f"{place} {training.sequence_length:,} tokens, {way.label}, {layout.ranks} rank(s)"
+    why = _why_not(way, config, training)
+    if why:
+        console.print(f"{header}: not run: {why}", markup=False)
+        return refused(way.label, why, {**facts, "ranks": layout.ranks})
+    job = _job(way, training, config, machine)
+
+    def show(line: str) -> None:
+        console.print(line, markup=False)
+
+    return run_job(job, store, data, facts, show, header=header, again=retry)

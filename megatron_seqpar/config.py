@@ -168,6 +168,28 @@ class SeqParConfig:
         "JSON file.",
         metavar="FILE.json",
     )
+    peak_tflops: float | None = _flag(
+        None,
+        "--seqpar-peak-tflops",
+        "TFLOP/s that MFU takes for the peak of one device. By default what is published of the "
+        "GPU for the dtype of the weights; without a GPU a large matrix product is timed.",
+        metavar="TFLOPS",
+        number=float,
+    )
+    summary: bool = _flag(
+        True,
+        "--seqpar-no-summary",
+        "Print no summary of the run when training has ended.",
+        negated=True,
+    )
+    telemetry_interval: float = _flag(
+        1.0,
+        "--seqpar-telemetry-interval",
+        "Seconds between samples of each rank's GPU (memory, power, clock, load, NVLink), where "
+        "nvidia-ml-py is installed; 0 for none.",
+        metavar="SECONDS",
+        number=float,
+    )
     trace: str | None = _flag(
         None,
         "--seqpar-trace",
@@ -206,6 +228,15 @@ class SeqParConfig:
         if self.memory_budget is not None and not 0.0 < self.memory_budget < float("inf"):
             raise UnsupportedError(
                 f"--seqpar-memory-budget {self.memory_budget}: the budget must be positive, in GiB."
+            )
+        if self.peak_tflops is not None and not 0.0 < self.peak_tflops < float("inf"):
+            raise UnsupportedError(
+                f"--seqpar-peak-tflops {self.peak_tflops}: the peak must be positive, in TFLOP/s."
+            )
+        if not 0.0 <= self.telemetry_interval < float("inf"):
+            raise UnsupportedError(
+                f"--seqpar-telemetry-interval {self.telemetry_interval}: seconds must be positive, "
+                "or 0 for no telemetry."
             )
         try:
             masks.as_mask(self.mask)

@@ -76,10 +76,14 @@ def fold(args: Any) -> None:
         from megatron_seqpar.integration import report
 
         report.install(config.report)
-    if getattr(args, "tensorboard_dir", None) and config.replaces_core_attention:
+    elif config.summary:
+        from megatron_seqpar.integration import closing
+
+        closing.install()
+    if getattr(args, "tensorboard_dir", None):
         from megatron_seqpar.integration import tensorboard
 
-        tensorboard.install()
+        tensorboard.install(attention=config.replaces_core_attention)
     if config.trace is not None:
         # last, so that writing the trace is in nobody else's times
         from megatron_seqpar.integration import trace

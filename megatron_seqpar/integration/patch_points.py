@@ -252,7 +252,7 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "megatron.training.training.train",
         steps.wrap_train,
         _ALL,
-        "the report is written when training ends, if asked for",
+        "training ends with its closing summary, and its report if asked for",
         optional=True,
     ),
     PatchPoint(

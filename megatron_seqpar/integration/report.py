@@ -10,12 +10,9 @@ rank 0 writes the file. Works with and without a sequence-parallel axis.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,23 +20,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import package_info, parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core import parallel_state
 from megatron.training import get_args
 from megatron.training.training import num_floating_point_operations
 
-import megatron_seqpar
 from megatron_seqpar import cpu_runtime
 from megatron_seqpar.errors import SeqParError
-from megatron_seqpar.integration import axis, measure, offload
+from megatron_seqpar.integration import (
+    axis,
+    device_samples,
+    measure,
+    offload,
+    run_facts,
+    state,
+    utilization,
+)
 from megatron_seqpar.integration import steps as training_steps
+from megatron_seqpar.integration.closing_text import summary
+from megatron_seqpar.integration.closing_text import utilization as utilization_text
+from megatron_seqpar.integration.run_facts import UNTIMED_STEPS
 from megatron_seqpar.telemetry.memory import memory_use
 from megatron_seqpar.telemetry.traffic import Traffic, TrafficMeter
 
 FORMAT = 1
-UNTIMED_STEPS = 1  # the first step allocates, connects and warms caches
 LOSS_KEY = "lm loss"
 STEP_PREFIX = "[seqpar]"
+_MERGED = ("steps", "notes")
+"""Of a rank's record: what the report holds in one place for all ranks."""
 
 
 @dataclass
@@ -71,7 +78,7 @@ class _Recorder:
         """Megatron's `train_step`, timed and recorded."""
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
-            tokens = _tokens_per_step()
+            tokens = run_facts.tokens_per_step()
             sent_before, attention_before = self.traffic.bytes, measure.current().totals()
             _synchronize()
             start = time.perf_counter()
@@ -97,7 +104,8 @@ class _Recorder:
                 )
             )
             if _speaks_for_the_batch():
-                print(step_line(self.steps[-1], get_args().train_iters), flush=True)
+                world = torch.distributed.get_world_size()
+                print(step_line(self.steps[-1], get_args().train_iters, world), flush=True)
             return result
 
         return train_step
@@ -106,12 +114,16 @@ class _Recorder:
         """Megatron's `train`; the report is written when it ends, also by an orderly exit."""
 
         def train(*args: Any, **kwargs: Any) -> Any:
+            utilization.begin(args, kwargs)
+            device_samples.begin()
             try:
                 result = original(*args, **kwargs)
             except SystemExit as leaving:
                 if not leaving.code:  # --exit-interval and the like: all ranks leave together
                     self.finish()
                 raise
+            finally:
+                device_samples.end()
             self.finish()
             return result
 
@@ -130,6 +142,8 @@ class _Recorder:
             "sp_rank": axis.current().rank if axis.initialized() else 0,
             "attention": _attention_counts(),
             "offload": offload.counts(),
+            "telemetry": device_samples.end(),
+            **utilization.current().as_record(),
             "steps": [asdict(step) for step in self.steps],
         }
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -137,7 +151,8 @@ class _Recorder:
         if record["rank"] == 0:
             report = build(ranks)
             write(report, self.path)
-            print(summary(report, self.path), flush=True)
+            if state.config().summary:
+                print(summary(report, self.path), flush=True)
 
 
 _installed: _Recorder | None = None
@@ -191,7 +206,7 @@ def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             merged[name] = sum(step[name] for step in seen)
         steps.append(merged)
     timed = steps[UNTIMED_STEPS:]
-    seconds = statistics.median(step["seconds"] for step in timed) if timed else None
+    rates = run_facts.rates([step["seconds"] for step in timed], [step["tokens"] for step in timed])
     bytes_per_step = statistics.median(step["bytes_sent"] for step in timed) if timed else None
     waited, computed = (
         statistics.median(step[name] for step in timed) if timed else None
@@ -199,41 +214,17 @@ def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     )
     return {
         "format": FORMAT,
-        "versions": _versions(),
-        "device": {
-            "kind": "cpu" if cpu_runtime.is_active() else "cuda",
-            "name": _device_name(),
-            "backend": torch.distributed.get_backend(),
-            "threads": torch.get_num_threads(),
-        },
-        "parallel": {
-            "world": len(ranks),
-            "sequence": getattr(args, "sequence_parallel_size", 1),
-            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-            "tensor_sequence": bool(args.sequence_parallel),
-            "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-            "data": parallel_state.get_data_parallel_world_size(),
-        },
-        "model": {
-            "layers": args.num_layers,
-            "hidden": args.hidden_size,
-            "query_heads": args.num_attention_heads,
-            "kv_heads": args.num_query_groups or args.num_attention_heads,
-            "sequence_length": args.seq_length,
-            "dtype": str(args.params_dtype).removeprefix("torch."),
-        },
-        "plugin": {
-            name: value for name, value in sorted(vars(args).items()) if name.startswith("seqpar_")
-        },
-        "command": sys.argv,
+        **run_facts.facts(len(ranks)),
         "summary": {
-            "timed_steps": len(timed),
-            "seconds_per_step": seconds,
-            "tokens_per_second": timed[0]["tokens"] / seconds if seconds else None,
+            "steps": len(steps),
+            "timed_steps": rates.steps,
+            "seconds_per_step": rates.seconds,
+            "tokens_per_second": rates.tokens_per_second,
             # what Megatron divides by time and ranks for the throughput it logs
             "floating_point_operations_per_step": num_floating_point_operations(
                 args, args.global_batch_size
             ),
+            **utilization.current().summary(rates, ranks, len(ranks)),
             "attention_wait_seconds_per_step": waited,
             "attention_compute_seconds_per_step": computed,
             "peak_memory_bytes": max(record["peak_memory_bytes"] for record in ranks),
@@ -242,7 +233,7 @@ def build(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             ),
         },
         "steps": steps,
-        "ranks": [{k: v for k, v in record.items() if k != "steps"} for record in ranks],
+        "ranks": [{k: v for k, v in record.items() if k not in _MERGED} for record in ranks],
     }
 
 
@@ -256,58 +247,22 @@ def write(report: dict[str, Any], path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def summary(report: dict[str, Any], path: Path) -> str:
-    """A few lines for the terminal."""
-    parallel, model, numbers = report["parallel"], report["model"], report["summary"]
-    steps = report["steps"]
-    axes = ", ".join(
-        f"{name} {parallel[name]}" for name in ("sequence", "tensor", "pipeline", "data")
-    )
-    lines = [
-        "",
-        f"run of {len(steps)} steps on {parallel['world']} ranks ({axes}), "
-        f"{model['sequence_length']:,} tokens a sequence, {model['dtype']}, "
-        f"{report['device']['name']}",
-    ]
-    if steps:
-        first, last = steps[0], steps[-1]
-        lines.append(
-            f"  loss            {first['loss']:.6f} at step {first['iteration']}, "
-            f"{last['loss']:.6f} at step {last['iteration']}"
-            if first["loss"] is not None
-            else "  loss            not reported by the script under 'lm loss'"
-        )
-    if numbers["seconds_per_step"] is not None:
-        lines.append(
-            f"  step            {numbers['seconds_per_step']:.3f} s, "
-            f"{numbers['tokens_per_second']:,.0f} tokens/s (median of {numbers['timed_steps']})"
-        )
-        lines.append(
-            f"  sent            {numbers['bytes_sent_per_rank_and_step'] / 2**20:,.2f} MiB "
-            "a rank and step"
-        )
-    if numbers["attention_compute_seconds_per_step"]:
-        lines.append(
-            f"  attention       {numbers['attention_compute_seconds_per_step']:.3f} s computing, "
-            f"{numbers['attention_wait_seconds_per_step']:.3f} s waiting a step"
-        )
-    lines.append(
-        f"  peak memory     {numbers['peak_memory_bytes'] / 2**20:,.0f} MiB on the fullest rank "
-        f"({report['ranks'][0]['memory']})"
-    )
-    lines.append(f"  report          {path}")
-    return "\n".join(lines)
+def step_line(step: Step, total: int | None, ranks: int) -> str:
+    """One line for the terminal; the loss is this step's own, unlike that of Megatron's log.
 
-
-def step_line(step: Step, total: int | None) -> str:
-    """One line for the terminal; the loss is this step's own, unlike that of Megatron's log."""
+    total: steps of the run. ranks: of the world, for MFU.
+    """
     of = "" if total is None else f"/{total}"
     values = [f"step {step.iteration}{of}"]
     if step.loss is not None:
         values.append(f"loss {step.loss:.6f}")
     if step.grad_norm is not None:
         values.append(f"grad norm {step.grad_norm:.4f}")
-    values += [f"{step.seconds:.3f} s", f"{step.tokens / step.seconds:,.0f} tokens/s"]
+    speed = step.tokens / step.seconds
+    values += [f"{step.seconds:.3f} s", f"{speed:,.0f} tokens/s"]
+    share = utilization_text(*utilization.current().of(speed, ranks))
+    if share is not None:
+        values.append(share)
     return f"{STEP_PREFIX} {', '.join(values)}"
 
 
@@ -318,12 +273,6 @@ def _speaks_for_the_batch() -> bool:
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     )
-
-
-def _tokens_per_step() -> int:
-    args = get_args()
-    sequences = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-    return int(sequences * args.seq_length)
 
 
 def _synchronize() -> None:
@@ -339,24 +288,3 @@ def _attention_counts() -> dict[str, Any] | None:
     """What this rank's attention sent and computed over the axis; None without an axis."""
     transport = axis.current().transport if axis.initialized() else None
     return None if transport is None else transport.counters.as_dict()
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "megatron-core": package_info.__version__.split("+")[0],  # less the commit of the folder
-        "megatron_seqpar": megatron_seqpar.__version__,
-    }
-    for name in ("transformer-engine", "flash-attn"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _device_name() -> str:
-    if cpu_runtime.is_active():
-        return f"CPU {platform.machine()}, {os.cpu_count()} cores"
-    return torch.cuda.get_device_name()

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard scalars of attention, beside Megatron's own.
+"""TensorBoard scalars of speed and of attention, beside Megatron's own.
 
-Per iteration, of each rank of the SP axis that the writing rank is on: seconds that attention
-waited and computed, bytes that it sent. Megatron's writer lives on the last rank of the world; the
-others tell it their three numbers in one small all-gather whenever Megatron itself writes scalars.
+Speed: tokens a second, MFU and causal MFU of all ranks, by the clock of the rank that writes (the
+last of the world, where Megatron's writer lives); and the last sample of that rank's GPU.
+
+Attention, where it is ours: per iteration, of each rank of the SP axis that the writing rank is on,
+seconds that attention waited and computed, bytes that it sent. The others tell their three numbers
+in one small all-gather whenever Megatron itself writes scalars.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_seqpar import cpu_runtime
-from megatron_seqpar.integration import measure, steps
+from megatron_seqpar.integration import device_samples, measure, steps, utilization
 
 PREFIX = "seqpar"
 RANKS_SHOWN = 16
@@ -34,6 +38,67 @@ def scalars(rows: list[list[float]], names: list[str]) -> dict[str, float]:
         if len(values) <= RANKS_SHOWN:
             found |= {f"{tag}/rank{rank}": value for rank, value in enumerate(values)}
     return found
+
+
+class Speed:
+    """Writes, before a step, the speed of the steps since Megatron last wrote scalars.
+
+    Time counts from start to start of steps, so that nothing need be synchronised; what lies
+    between two steps, such as an evaluation, is in it.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens = 0
+
+    def train(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's `train`; before it, what MFU needs is known."""
+
+        def train(*args: Any, **kwargs: Any) -> Any:
+            utilization.begin(args, kwargs)
+            device_samples.begin()
+            self._since = None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                device_samples.end()
+
+        return train
+
+    def train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's `train_step`."""
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            self._before(steps.iteration() - 1)
+            return original(*args, **kwargs)
+
+        return train_step
+
+    def _before(self, finished: int) -> None:
+        """finished: the number of the step before."""
+        from megatron.training import get_args
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        from megatron_seqpar.integration import run_facts
+
+        writer, now = get_tensorboard_writer(), time.perf_counter()
+        if self._since is None:
+            self._since = now
+        elif finished % get_args().tensorboard_log_interval == 0:
+            speed = self._tokens / (now - self._since)
+            self._since, self._tokens = now, 0
+            if writer is not None:
+                for tag, value in speed_scalars(speed, torch.distributed.get_world_size()).items():
+                    writer.add_scalar(tag, value, finished)
+        self._tokens += run_facts.tokens_per_step()
+
+
+def speed_scalars(tokens_per_second: float, world: int) -> dict[str, float]:
+    """Tag -> value, of what is known."""
+    mfu, causal = utilization.current().of(tokens_per_second, world)
+    found = {"tokens_per_second": tokens_per_second or None, "mfu": mfu, "causal_mfu": causal}
+    found |= {f"gpu/{name}": value for name, value in device_samples.latest().items()}
+    return {f"{PREFIX}/{name}": value for name, value in found.items() if value is not None}
 
 
 class Scalars:
@@ -80,24 +145,28 @@ class Scalars:
                 writer.add_scalar(tag, value, iteration)
 
 
-_installed: Scalars | None = None
+_installed: list[tuple[str, steps.Wrap]] = []
 
 
-def install() -> None:
+def install(*, attention: bool) -> None:
     """Write scalars in the coming run, which has --tensorboard-dir. A second call changes nothing.
 
+    attention: it is ours, and has scalars too.
     Call it after the report is put around the same steps, which times what is inside of it.
     """
-    global _installed
-    if _installed is None:
+    if _installed:
+        return
+    speed = Speed()
+    _installed.extend([("train", speed.train), ("train_step", speed.train_step)])
+    if attention:
         measure.current().wanted = True
-        _installed = Scalars()
-        steps.around("train_step", _installed.train_step)
+        _installed.append(("train_step", Scalars().train_step))
+    for place, wrap in _installed:
+        steps.around(place, wrap)
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    global _installed
-    if _installed is not None:
-        steps.remove("train_step", _installed.train_step)
-        _installed = None
+    for place, wrap in _installed:
+        steps.remove(place, wrap)
+    _installed.clear()

@@ -45,6 +45,9 @@ def test_every_field_has_its_flag():
         "--seqpar-offload",
         "--seqpar-no-overlap",
         "--seqpar-report",
+        "--seqpar-peak-tflops",
+        "--seqpar-no-summary",
+        "--seqpar-telemetry-interval",
         "--seqpar-trace",
         "--seqpar-trace-steps",
     }
@@ -104,6 +107,8 @@ def test_help_has_a_group_of_its_own_with_the_choices():
         (("--seqpar-mlp-chunks", "0"), "--seqpar-mlp-chunks 0.*auto, off or 1"),
         (("--seqpar-loss-chunks", "some"), "--seqpar-loss-chunks some.*auto, off or 1"),
         (("--seqpar-memory-budget", "-1"), "--seqpar-memory-budget -1.0.*positive"),
+        (("--seqpar-peak-tflops", "0"), "--seqpar-peak-tflops 0.0.*positive, in TFLOP/s"),
+        (("--seqpar-telemetry-interval", "-1"), "--seqpar-telemetry-interval -1.0.*positive, or 0"),
         (("--seqpar-offload", "disk"), "--seqpar-offload disk.*none, stash"),
         (("--seqpar-trace-steps", "3,x"), "--seqpar-trace-steps 3,x: 'x' is neither.*use 3, 3-5"),
         (("--seqpar-trace-steps", "5-3"), "'5-3' is neither"),

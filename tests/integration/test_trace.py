@@ -182,8 +182,17 @@ def test_scalars_in_tensorboard_are_those_of_the_report(folder):
         for tag in events.Tags()["scalars"]
         if tag.startswith("seqpar/")
     }
-    assert len(found) == 3 * (2 + RANKS)
-    for step in json.loads((folder / "report.json").read_text())["steps"]:
+    report = json.loads((folder / "report.json").read_text())
+    assert len(found) == 3 * (2 + RANKS) + 3
+    speed, mfu = found["seqpar/tokens_per_second"], found["seqpar/mfu"]
+    assert (
+        set(speed) == set(mfu) == set(found["seqpar/causal_mfu"]) == {1, 2}
+    )  # by the next's start
+    flops = report["summary"]["model_flops_per_step"] / report["steps"][0]["tokens"]
+    peak = report["ranks"][-1]["peak"]["value"]  # of the rank that writes
+    for at in (1, 2):
+        assert mfu[at] == pytest.approx(speed[at] * flops / (RANKS * peak), rel=1e-4)
+    for step in report["steps"]:
         at = step["iteration"]
         for name in ("attention_wait_seconds", "attention_compute_seconds"):
             value = found[f"seqpar/{name}/max"][at]

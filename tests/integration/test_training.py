@@ -68,6 +68,10 @@ def both(tmp_path, *arguments: str, processes: int = 1, **options) -> None:
     reference = trained(launch(processes, *arguments, dump=alone, **options))
     ours = trained(launch(2 * processes, *SP2, *arguments, dump=split, **options))
     same(ours, reference, split, alone)
+    hybrid = "--hybrid-layer-pattern" in arguments
+    for run, ranks in ((reference, processes), (ours, 2 * processes)):
+        assert run.text.count(f"run of 3 steps on {ranks} ranks") == 1
+        assert ("unknown: --hybrid-layer-pattern *-*-:" in run.text) == hybrid
 
 
 def test_masked_tokens_gathered_on_one_rank(tmp_path):

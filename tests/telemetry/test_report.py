@@ -21,7 +21,15 @@ MODEL = (
     "--use-cpu-initialization --no-create-attention-mask-in-dataloader --num-workers 0"
 ).split()
 
-SPLIT = ("--seqpar-schedule", "balanced", "--seqpar-kernel", "cpu", "--calculate-per-token-loss")
+SPLIT = (
+    *("--seqpar-schedule", "balanced", "--seqpar-kernel", "cpu", "--calculate-per-token-loss"),
+    *("--seqpar-peak-tflops", "0.5", "--seqpar-no-summary"),
+)
+# a step of 128 tokens of MODEL: 6 FLOPs a weight and token, 12 a layer, key, head and dim of it
+WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 256 * 32
+ATTENTION = 12 * 2 * 32 * 64 * 128
+FLOPS = 6 * WEIGHTS * 128 + ATTENTION
+CAUSAL_FLOPS = 6 * WEIGHTS * 128 + ATTENTION * 65 / 128
 
 
 def run(report: Path, ranks: int, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -84,6 +92,36 @@ def test_summary(one: tuple[dict[str, Any], str]) -> None:
     assert "run of 3 steps on 1 ranks" in output
     assert report["device"]["kind"] == "cpu"
     assert report["versions"]["megatron-core"].startswith("0.19")
+
+
+def test_utilization_of_a_measured_peak(one: tuple[dict[str, Any], str]) -> None:
+    report, output = one
+    summary = report["summary"]
+    assert summary["model_flops_per_step"] == FLOPS
+    assert summary["causal_model_flops_per_step"] == CAUSAL_FLOPS
+    assert (summary["peak_basis"], summary["mfu_note"]) == ("measured", None)
+    assert "matrices in float32, threads 1" in summary["peak_source"]
+    assert 1e8 < summary["peak_flops_per_rank"] < 1e13
+    ceiling = summary["seconds_per_step"] * summary["peak_flops_per_rank"]
+    assert summary["mfu"] == pytest.approx(FLOPS / ceiling)
+    assert summary["causal_mfu"] == pytest.approx(CAUSAL_FLOPS / ceiling)
+    assert (
+        len(re.findall(r"\[seqpar\] step .* tokens/s, MFU [\d.]+% \(causal [\d.]+%\)", output)) == 3
+    )
+    assert re.search(
+        r"  MFU  +[\d.]+% \(causal [\d.]+%\) of [\d.]+ .FLOP/s a rank, measured", output
+    )
+
+
+def test_utilization_of_a_given_peak_is_that_of_all_ranks(
+    split: tuple[dict[str, Any], str],
+) -> None:
+    report, output = split
+    summary = report["summary"]
+    assert (summary["peak_flops_per_rank"], summary["peak_basis"]) == (0.5e12, "given")
+    assert summary["peak_source"] == "--seqpar-peak-tflops 0.5"
+    assert summary["mfu"] == pytest.approx(FLOPS / (2 * 0.5e12 * summary["seconds_per_step"]))
+    assert "run of 3 steps" not in output  # --seqpar-no-summary
 
 
 def test_the_last_stage_gives_the_losses(piped: tuple[dict[str, Any], str]) -> None:

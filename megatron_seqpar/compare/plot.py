@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_seqpar.experiments.store import save_picture
+
 _MIB = 2**20
 _BARS = (
     ("step_time_s", 1.0, "s/step (whiskers: slowest and fastest)"),
@@ -38,11 +40,8 @@ def plot(by_length: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path:
         for axes in line[3:]:
             axes.set_yticklabels([])
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=110)
+    save_picture(figure, path)
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _losses(

@@ -7,8 +7,9 @@ import hashlib
 import importlib.metadata
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_seqpar.errors import SeqParError
@@ -78,7 +79,7 @@ class Job:
         words[words.index(sys.executable)] = "python"
         return shlex.join(words)
 
-    def key(self, data: str, sources: Sequence[Path] = ()) -> str:
+    def key(self, data: str) -> str:
         """A hash of what decides the run's numbers: command, limits, versions, code and `data`."""
         digest = hashlib.sha256()
         versions = [importlib.metadata.version(name) for name in ("torch", "megatron-core")]
@@ -86,17 +87,23 @@ class Job:
         pairs = [f"{name}={value}" for name, value in self.environment]
         words = [*self.command("report.json")[1:], *versions, *limits, *pairs, data]
         digest.update("\0".join(words).encode())
-        for path in _code((*sources, self.script)):
-            digest.update(path.read_bytes())
+        digest.update(_code(self.script).encode())
         return digest.hexdigest()
 
 
-def _code(extra: Sequence[Path]) -> list[Path]:
-    """Python files that decide what a run gives."""
+@lru_cache(maxsize=8)
+def _code(script: Path) -> str:
+    """A hash of the Python files that decide what a run gives, as they are when first asked for.
+
+    Once a process: what is edited while an experiment runs must not tell its rows apart.
+    """
+    digest = hashlib.sha256()
     rooms = [path for path in PACKAGE.iterdir() if path.name not in SHOWS_ONLY]
     files = [path for room in rooms if room.is_dir() for path in room.rglob("*.py")]
     files += [path for path in rooms if path.suffix == ".py"]
-    return sorted([*files, *(path for path in extra if path.is_file())])
+    for path in sorted([*files, script] if script.is_file() else files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def environment_of(job: Job, base: Mapping[str, str]) -> dict[str, str]:

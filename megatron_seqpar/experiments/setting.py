@@ -42,8 +42,8 @@ class Setting(Section):
     """What all runs of an experiment share.
 
     Attributes:
-        model: a model of configs/models by name, or a file of flags, found from the file's own folder
-            or the current one.
+        model: a name in configs/models, or a file of flags, found from this file's folder
+            or from the current one.
         changes: Megatron's model flags laid over it.
         data: `stdlib` (the text of Python's own library) or a JSON-lines file of {"text": ...}.
         steps: training steps of a run; the first is not timed.

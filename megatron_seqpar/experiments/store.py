@@ -84,6 +84,17 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def save_picture(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure as a PNG, wholly; two commands may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
+    try:
+        figure.savefig(partial, dpi=110)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def slug(name: str) -> str:
     """A label as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80] or "run"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_seqpar.experiments.store import save_picture
 from megatron_seqpar.sweep.report import Effect, effects, groups, ranked
 
 
@@ -33,11 +34,8 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
             share, rows, "seq_len", "world_size", "tokens_per_s", "tokens/s of the best layout"
         )
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=110)
+    save_picture(figure, path)
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _best(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -100,10 +99,24 @@ def test_the_key_holds_what_decides_the_numbers(tmp_path):
     plain = job(tmp_path, REPORT)
     keys = {
         plain.key("data"),
+        plain.key("other data"),
         job(tmp_path, REPORT, limit_bytes=1).key("data"),
         job(tmp_path, REPORT, environment=(("A", "1"),)).key("data"),
-        job(tmp_path, REPORT + "\n").key("data"),
     }
     assert len(keys) == 4
-    assert job(tmp_path, REPORT).key("data") == plain.key("data")
-    assert Path(plain.script).is_file()
+
+
+def test_editing_code_meanwhile_does_not_tell_rows_apart(tmp_path):
+    before = job(tmp_path, REPORT).key("data")
+    assert job(tmp_path, REPORT + "# edited\n").key("data") == before
+    code = (
+        "import pathlib, sys\n"
+        "from megatron_seqpar.experiments.job import Job\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "print(Job('x', 1, (), path, 'cpu').key('data'))\n"
+    )
+    asked = [sys.executable, "-c", code, str(tmp_path / "program.py")]
+    one = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    job(tmp_path, REPORT + "# edited again\n")
+    other = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert one != other, "the next command sees it"

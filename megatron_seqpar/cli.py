@@ -11,7 +11,7 @@ import typer
 from megatron_seqpar import __version__
 from megatron_seqpar.errors import SeqParError
 
-COMMANDS = ("run", "compare", "sweep", "schedule", "trace", "prepare_data")
+COMMANDS = ("run", "compare", "sweep", "schedule", "trace", "prepare_data", "doctor")
 """Modules of `megatron_seqpar.commands`, in the order that `--help` lists them.
 
 Each has a function of its own name; `CONTEXT`, where there is one, holds settings of its parser.

@@ -48,6 +48,23 @@ class WaySection(Section):
         return "off" if value is False else str(value)  # YAML reads a bare off as false
 
 
+class LongestSection(Section):
+    """`longest:` searches the longest sequence that each way trains.
+
+    Attributes:
+        memory_mib: on a CPU, what a rank may take once training begins.
+        start, most: the first and the last length tried.
+        precision: where to stop halving, relative.
+        seconds: longest run; a way that needs more is reported as "at least".
+    """
+
+    memory_mib: int = Field(default=512, ge=1)
+    start: int = Field(default=1024, ge=1)
+    most: int = Field(default=2**20, ge=1)
+    precision: float = Field(default=0.1, gt=0)
+    seconds: float = Field(default=240.0, gt=0)
+
+
 class CompareConfig(Setting):
     """What is compared.
 
@@ -56,6 +73,7 @@ class CompareConfig(Setting):
         seq_length: tokens of a sequence; each of several is a comparison by itself.
         micro_batch_size: sequences of a micro-batch.
         recompute: of all ways: none, selective, full, or one of the plugin's.
+        longest: also search the longest sequence that each way trains.
         ways: which ways; default: SP, TP, TP-SP, mixes and CP of these ranks, and one rank.
     """
 
@@ -64,6 +82,7 @@ class CompareConfig(Setting):
     micro_batch_size: int = Field(default=1, ge=1)
     recompute: str = "none"
     ways: tuple[WaySection, ...] | None = None
+    longest: LongestSection | None = None
 
     @field_validator("seq_length", mode="before")
     @classmethod

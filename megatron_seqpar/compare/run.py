@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megatron_seqpar.compare import plot, result, table
+from megatron_seqpar.compare import longest, plot, result, table
 from megatron_seqpar.compare.config import CompareConfig
 from megatron_seqpar.compare.ways import UNFUSED, Way, ways
 from megatron_seqpar.errors import SeqParError
@@ -89,6 +89,7 @@ def run_comparison(
                 _row(way, training, config, machine, store, data, console, place, retry)
                 for way, place in zip(todo, _places(len(todo)), strict=True)
             ]
+        reached = _longest(todo, trainings, config, machine, store, data, console)
     except KeyboardInterrupt:
         raise SeqParError(
             "interrupted: finished rows are kept, and the same command goes on with the next"
@@ -113,6 +114,8 @@ def run_comparison(
         traffic = table.traffic_table(rows)
         if traffic is not None:
             console.print(traffic)
+    if reached:
+        console.print(table.longest_table(reached, _limit(config, machine)))
     for note in said:
         console.print(f"note: {note}", markup=False)
     content = {
@@ -122,10 +125,51 @@ def run_comparison(
         "peak": None if peak is None else asdict(peak),
         "notes": said,
         "by_length": judged,
+        "longest": reached,
     }
     write_whole(json_file, json.dumps(content, indent=1) + "\n")
     plot.plot(judged, title, picture)
     console.print(f"result: {json_file}    picture: {picture}", markup=False)
+
+
+def _longest(
+    todo: list[Way],
+    trainings: dict[int, Training],
+    config: CompareConfig,
+    machine: Machine,
+    store: Store,
+    data: str,
+    console: Console,
+) -> dict[str, dict[str, Any]]:
+    """The longest sequence of each way that can run, by its label; empty when not asked for."""
+    section = config.longest
+    if section is None:
+        return {}
+    base = replace(next(iter(trainings.values())), steps=longest.STEPS)
+    found = {}
+    for way in todo:
+        if _why_not(way, config, base):
+            continue
+
+        def job_of(length: int, way: Way = way) -> Job:
+            return _job(way, replace(base, sequence_length=length), config, machine)
+
+        # every rank has as many tokens, and TP-SP and zigzag chunks divide
+        unit = 256 * config.ranks
+        found[way.label] = longest.longest(
+            job_of, section, store, data, _printer(console), way.label, unit
+        )
+    return found
+
+
+def _limit(config: CompareConfig, machine: Machine) -> str:
+    if machine.device == "cpu" and config.longest is not None:
+        return f"{config.longest.memory_mib} MiB for a rank to take once training begins"
+    return f"the memory of a {machine.name}"
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, markup=False)
 
 
 def _places(count: int) -> Iterator[str]:
@@ -183,7 +227,4 @@ def _row(
         return refused(way.label, why, {**facts, "ranks": layout.ranks})
     job = _job(way, training, config, machine)
 
-    def show(line: str) -> None:
-        console.print(line, markup=False)
-
-    return run_job(job, store, data, facts, show, header=header, again=retry)
+    return run_job(job, store, data, facts, _printer(console), header=header, again=retry)

@@ -78,3 +78,17 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if row["status"] != "ok"
     ]
+
+
+def longest_table(found: Mapping[str, Mapping[str, Any]], limit: str) -> Table:
+    """The longest sequence of each way."""
+    table = Table(title=f"Longest sequence that trains: {limit}")
+    table.add_column("way", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    for label, each in found.items():
+        if each["tokens"] is None:
+            table.add_row(label, each["why"])
+        else:
+            most = ">= " if each["at_least"] else ""
+            table.add_row(label, f"{most}{each['tokens']:,}")
+    return table

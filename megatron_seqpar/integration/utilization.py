@@ -38,7 +38,7 @@ class Utilization:
         flops_per_token: as `mfu.model_flops` counts them, or None.
         causal_flops_per_token: the same of the keys that a causal mask leaves, or None.
         peak: of this rank's device, or None.
-        notes: why something is None.
+        notes: why something is None, or not what one might take it for.
     """
 
     flops_per_token: float | None = None
@@ -137,14 +137,16 @@ def _of_run(model: Any) -> Utilization:
             notes.append(f"causal MFU: {why}")
             causal = None
     peak, why = _peak()
+    if why is None:
+        why = _why_peak_is_low(vars(get_args()))
     if why is not None:
         notes.append(why)
     return Utilization(flops, causal, peak, tuple(notes))
 
 
 _UNCOUNTED: dict[str, str] = {
-    "hybrid_layer_pattern": "Mamba layers are not counted",
-    "hybrid_override_pattern": "Mamba layers are not counted",
+    "hybrid_layer_pattern": "layers of hybrid models are not counted",
+    "hybrid_override_pattern": "layers of hybrid models are not counted",
     "heterogeneous_layers_config_path": "layers that differ from one another are not counted",
     "experimental_attention_variant": "this attention is not counted",
     "linear_attention_freq": "linear attention is not counted",
@@ -220,6 +222,14 @@ def _peak() -> tuple[Peak | None, str | None]:
     if peak is None:
         return None, f"peak: none is known of {name} in {dtype}; give --seqpar-peak-tflops"
     return peak, None
+
+
+def _why_peak_is_low(flags: Mapping[str, Any]) -> str | None:
+    """What computes faster than the peak of the weights' dtype allows, unless a peak is given."""
+    narrow = next((name for name in ("fp8", "fp4") if flags.get(name)), None)
+    if narrow is None or state.config().peak_tflops is not None:
+        return None
+    return f"--{narrow}-format {flags[narrow]}: the peak is that of {run_facts.dtype_name()}"
 
 
 def measured_peak(dtype: torch.dtype, how: str) -> Peak:

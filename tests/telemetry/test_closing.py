@@ -165,7 +165,7 @@ def test_ranks_with_different_peaks_share_their_mean() -> None:
 def test_what_the_formula_does_not_count_is_said() -> None:
     assert utilization._why_uncounted([object()], {}) == "object: only a GPTModel is counted"
     for flags, why in (
-        ({"hybrid_layer_pattern": "M*M-"}, "--hybrid-layer-pattern M*M-: Mamba layers"),
+        ({"hybrid_layer_pattern": "M*M-"}, "--hybrid-layer-pattern M*M-: layers of hybrid"),
         ({"freeze_all_layers": True}, "--freeze-all-layers: what is not trained"),
         ({"window_attn_skip_freq": [1, 0]}, "--window-attn-skip-freq with a list"),
     ):
@@ -175,6 +175,13 @@ def test_what_the_formula_does_not_count_is_said() -> None:
     model, why = utilization._model({"num_layers": 1})
     assert model is None
     assert "--hidden-size is not given" in str(why)
+
+
+def test_a_peak_that_is_too_low_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_facts, "dtype_name", lambda: "bfloat16")
+    assert utilization._why_peak_is_low({"fp8": None, "fp4": None}) is None
+    note = "--fp8-format hybrid: the peak is that of bfloat16"
+    assert utilization._why_peak_is_low({"fp8": "hybrid"}) == note
 
 
 def test_numbers_for_people() -> None:

@@ -21,9 +21,9 @@ from benchmarks.gpu.environment import found_kernels
 from benchmarks.gpu.processes import shared_gpu
 from benchmarks.gpu.settings import Outcome, Settings
 from megatron_seqpar.data import StandardLibrary, prepare_corpus
+from megatron_seqpar.experiments.machine import Machine
+from megatron_seqpar.experiments.training import Training, flags
 from megatron_seqpar.launcher.environment import free_port
-from megatron_seqpar.quickstart.machine import Machine
-from megatron_seqpar.quickstart.plan import Training, flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain_gpt.py"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,14 +33,19 @@ def compare(
     picture: losses and their largest difference, step time, tokens/s, MFU, memory and bytes sent.
     A way that fails is a row that says why. Interrupted, the same command goes on where it was.
     """
+    from rich.console import Console
+
+    from megatron_seqpar.compare.config import CompareConfig
     from megatron_seqpar.compare.run import run_comparison
+    from megatron_seqpar.experiments.setting import read_setting
 
     folder = output or Path("runs") / "compare" / config.stem
     run_comparison(
-        config,
+        read_setting(CompareConfig, config),
         folder,
         json_file or folder / "compare.json",
         plot or folder / "compare.png",
+        Console(highlight=False, width=None if sys.stdout.isatty() else 170),
         retry=retry,
         fresh=fresh,
         dry_run=dry_run,

@@ -31,6 +31,10 @@ def run(
         str,
         typer.Option(help='torchrun\'s options, quoted: "--nnodes 2 --rdzv-endpoint host:29500".'),
     ] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Flags of a model: a name in configs/models, or a file of such flags."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the torchrun command and stop.")
     ] = False,
@@ -47,6 +51,11 @@ def run(
     from megatron_seqpar.launcher.torchrun import torchrun_arguments
 
     script_args = args or []
+    if model is not None:  # before ARGS, where the same flag wins
+        from megatron_seqpar.experiments.training import model_arguments
+        from megatron_seqpar.shipped import model_file
+
+        script_args = [*model_arguments(model_file(model)), *script_args]
     options = shlex.split(torchrun_args)
     if nproc is not None and under_torchrun():
         raise SeqParError("--nproc is given, but torchrun started this process; use only one")

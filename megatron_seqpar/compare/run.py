@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,30 +20,31 @@ from megatron_seqpar.experiments import host
 from megatron_seqpar.experiments.corpus import corpus_of, fingerprint
 from megatron_seqpar.experiments.job import Job
 from megatron_seqpar.experiments.layout import STOCK
+from megatron_seqpar.experiments.machine import FUSED_KERNELS, Machine, look
 from megatron_seqpar.experiments.run_all import refused, run_job
-from megatron_seqpar.experiments.setting import read_setting
 from megatron_seqpar.experiments.store import Store, slug, write_whole
 from megatron_seqpar.experiments.training import Training, flags
-from megatron_seqpar.quickstart.machine import Machine, look
-from megatron_seqpar.quickstart.plan import FUSED_KERNELS
 from megatron_seqpar.shipped import pretraining_script
 
 
 def run_comparison(
-    path: Path,
+    config: CompareConfig,
     folder: Path,
     json_file: Path,
     picture: Path,
+    console: Console,
     *,
-    retry: bool,
-    fresh: bool,
-    dry_run: bool,
-) -> None:
-    """Do what `megatron-seqpar compare` says. Raises SeqParError for a wrong file."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
-    config = read_setting(CompareConfig, path)
+    retry: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    loss_tables: bool = False,
+) -> list[dict[str, Any]]:
+    """Do what `megatron-seqpar compare` says, and return all rows.
+
+    Raises SeqParError for settings that cannot be, and when it is interrupted.
+    """
     machine = look(config.device, config.launch.ranks_per_node or config.ranks)
-    corpus = corpus_of(config.data, folder / "data", console)
+    corpus = corpus_of(config.data, folder / "data", console, key=config.json_key, fresh=fresh)
     chosen = FUSED_KERNELS[machine.device] if config.kernel == "auto" else config.kernel
     trainings = {
         length: Training(
@@ -72,7 +72,7 @@ def run_comparison(
                 console.print(
                     f"# not run: {why}" if why else job.shell(), markup=False, soft_wrap=True
                 )
-        return
+        return []
     if fresh:
         shutil.rmtree(folder / "rows", ignore_errors=True)
     store = Store(folder)
@@ -111,6 +111,8 @@ def run_comparison(
         console.print(table.cost_table(rows, f"{title}; {int(name):,} tokens a sequence"))
         for line in table.failures(rows):
             console.print(line, markup=False)
+        if loss_tables:
+            console.print(table.loss_table(rows))
         traffic = table.traffic_table(rows)
         if traffic is not None:
             console.print(traffic)
@@ -130,6 +132,7 @@ def run_comparison(
     write_whole(json_file, json.dumps(content, indent=1) + "\n")
     plot.plot(judged, title, picture)
     console.print(f"result: {json_file}    picture: {picture}", markup=False)
+    return [row for rows in judged.values() for row in rows]
 
 
 def _longest(

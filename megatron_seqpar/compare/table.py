@@ -92,3 +92,19 @@ def longest_table(found: Mapping[str, Mapping[str, Any]], limit: str) -> Table:
             most = ">= " if each["at_least"] else ""
             table.add_row(label, f"{most}{each['tokens']:,}")
     return table
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a step: the loss of every way of one model, and the largest difference of two."""
+    done = [row for row in rows if row["status"] == "ok" and not row["changes"]]
+    table = Table(title="Loss of each step")
+    table.add_column("step", justify="right")
+    for row in done:
+        table.add_column(row["label"], justify="right")
+    table.add_column("largest\ndifference", justify="right")
+    for number, losses in enumerate(zip(*(row["losses"] for row in done), strict=True), start=1):
+        known = [loss for loss in losses if loss is not None]
+        apart = (max(known) - min(known)) / abs(min(known)) if len(known) == len(losses) else None
+        cells = ("-" if loss is None else f"{loss:.6f}" for loss in losses)
+        table.add_row(str(number), *cells, "-" if apart is None else f"{apart:.1e}")
+    return table

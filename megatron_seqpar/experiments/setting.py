@@ -46,6 +46,7 @@ class Setting(Section):
             or from the current one.
         changes: Megatron's model flags laid over it.
         data: `stdlib` (the text of Python's own library) or a JSON-lines file of {"text": ...}.
+        json_key: the key of the text in that file.
         steps: training steps of a run; the first is not timed.
         global_batch_size, micro_batch_size: in sequences.
         device: auto, cpu or cuda.
@@ -61,6 +62,7 @@ class Setting(Section):
     model: Path
     changes: dict[str, Any] = Field(default_factory=dict)
     data: str = "stdlib"
+    json_key: str = "text"
     steps: int = Field(default=6, ge=2)
     global_batch_size: int = Field(default=1, ge=1)
     seed: int = 1234

@@ -76,6 +76,11 @@ class Training:
         return [*tokenizer_arguments(), *flags(self.model_flags()), *flags(pairs)]
 
 
+def model_arguments(path: Path) -> list[str]:
+    """A model file as Megatron's arguments. SeqParError for anything but a flat mapping."""
+    return flags(read_flags(path))
+
+
 def flags(values: Mapping[str, Any]) -> list[str]:
     """`{"num-layers": 2, "swiglu": True}` as arguments; a false switch is left out."""
     arguments = []

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bash scripts/quickstart.sh`, or `python -m megatron_seqpar.quickstart` once installed."""
+"""`bash scripts/quickstart.sh`, or `python -m megatron_seqpar.quickstart` once installed.
+
+A comparison of four ways, with nothing to write first: SP, one rank, and tensor parallelism with
+the same attention kernel and as shipped.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_seqpar.compare.config import CompareConfig, WaySection
+from megatron_seqpar.compare.run import run_comparison
 from megatron_seqpar.errors import SeqParError
-from megatron_seqpar.experiments.corpus import STDLIB, corpus_of, fingerprint
-from megatron_seqpar.quickstart import compare, machine, runs
-from megatron_seqpar.quickstart.plan import Training, left_out, plan
-from megatron_seqpar.shipped import model_file, pretraining_script
+from megatron_seqpar.experiments.corpus import STDLIB
+from megatron_seqpar.experiments.layout import STOCK
+from megatron_seqpar.experiments.machine import look
+from megatron_seqpar.shipped import model_file
 
-PACKAGE = Path(__file__).resolve().parents[1]
-MODEL = model_file("quickstart")
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+def ways(ranks: int, schedule: str) -> tuple[WaySection, ...]:
+    """The ways that are compared over `ranks`."""
+    one = WaySection(ranks=1)
+    if ranks == 1:
+        return (one,)
+    return (
+        WaySection(ranks=ranks, sp=ranks, schedule=schedule),
+        one,
+        WaySection(ranks=ranks, tp=ranks, tp_sp=True),
+        WaySection(ranks=ranks, tp=ranks, tp_sp=True, kernel=STOCK),
+    )
 
 
 def quickstart(
@@ -37,7 +53,9 @@ def quickstart(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     schedule: Annotated[str, typer.Option(help="As --seqpar-schedule.")] = "auto",
-    model: Annotated[Path, typer.Option(help="Model file: Megatron's flags as YAML.")] = MODEL,
+    model: Annotated[
+        str, typer.Option(help="A name in configs/models, or a file of Megatron's flags.")
+    ] = "quickstart",
     output: Annotated[Path, typer.Option(help="Folder of everything written.")] = Path(
         "runs/quickstart"
     ),
@@ -46,45 +64,32 @@ def quickstart(
     """Train a small GPT with its sequence split over ranks, then without, and compare."""
     started = time.monotonic()
     try:
-        here = machine.look(device, nproc)
-        console.print(f"device: {here.name}; {here.ranks} ranks")
-        for note in (*here.notes, left_out(model, here.ranks)):
-            if note is not None:
-                console.print(f"note: {note}")
-        text = STDLIB if input is None else str(input)
-        corpus = corpus_of(text, output / "data", console, key=json_key, fresh=fresh)
-        training = Training(model, corpus, output / "cache", steps, seq_length, batch)
-        todo = plan(training, here, schedule=schedule)
-        data = fingerprint(corpus)
-        script = pretraining_script()
-        sources = [PACKAGE, script]
-        results = []
-        for index, run in enumerate(todo, start=1):
-            folder = output / run.name
-            key = runs.run_key(run, here, sources, data)
-            report = None if fresh else runs.finished(folder, key)
-            header = f"[{index}/{len(todo)}] {run.label}: {run.ranks} rank(s), {run.attention}"
-            if report is None:
-                console.print(f"\n{header} (log: {folder / 'log.txt'})", markup=False)
-                command = runs.launch_command(run, here, script, folder / runs.REPORT)
-                report = runs.train(run.label, command, here.environment(), folder, key, _show)
-            else:
-                console.print(f"\n{header}: reused from {folder}", markup=False)
-            results.append(compare.Result(run, report))
+        here = look(device, nproc)
+        config = CompareConfig(
+            model=model_file(model),
+            data=STDLIB if input is None else str(input),
+            json_key=json_key,
+            steps=steps,
+            seq_length=(seq_length,),
+            global_batch_size=batch,
+            ranks=here.ranks,
+            device="cuda" if here.device == "cuda" else "cpu",
+            ways=ways(here.ranks, schedule),
+        )
+        for note in here.notes:
+            console.print(f"note: {note}", markup=False)
         picture = output / "losses.png"
-        compare.plot(results, picture)
+        rows = run_comparison(
+            config, output, output / "quickstart.json", picture, console,
+            retry=True, fresh=fresh, loss_tables=True,
+        )  # fmt: skip
+        failed = [row["label"] for row in rows if row["status"] != "ok"]
+        if failed:
+            raise SeqParError(f"not all runs ended well: {', '.join(failed)}; see above")
     except SeqParError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    console.print()
-    console.print(compare.loss_table(results))
-    console.print(compare.cost_table(results))
-    console.print(f"loss curves: {picture}    reports: {output}/*/report.json")
     console.print(f"total time: {(time.monotonic() - started) / 60:.1f} minutes")
-
-
-def _show(line: str) -> None:
-    console.print(f"    {line}", markup=False)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.experiments.corpus import corpus_of, fingerprint
 from megatron_seqpar.experiments.execute import execute
 from megatron_seqpar.experiments.job import Job
+from megatron_seqpar.experiments.machine import FUSED_KERNELS, Machine, look
 from megatron_seqpar.experiments.run_all import refused, run_job
 from megatron_seqpar.experiments.setting import read_setting
 from megatron_seqpar.experiments.store import Store, slug
 from megatron_seqpar.experiments.training import Training
 from megatron_seqpar.mfu import Model
-from megatron_seqpar.quickstart.machine import Machine, look
-from megatron_seqpar.quickstart.plan import FUSED_KERNELS
 from megatron_seqpar.shipped import pretraining_script
 from megatron_seqpar.sweep import plot, report, slurm
 from megatron_seqpar.sweep.columns import csv_row, write_csv
@@ -39,7 +38,7 @@ def run_sweep(
     # sbatch runs elsewhere: this machine need not have the GPUs
     machine = _machine(space)
     kernel = FUSED_KERNELS[machine.device] if space.kernel == "auto" else space.kernel
-    corpus = corpus_of(space.data, folder / "data", console)
+    corpus = corpus_of(space.data, folder / "data", console, key=space.json_key)
     data = fingerprint(corpus)
 
     base = Training(

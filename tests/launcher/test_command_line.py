@@ -45,6 +45,22 @@ def test_help_is_fast_and_needs_no_torch() -> None:
     assert min(seconds) < 2.0
 
 
+def test_a_model_file_goes_before_the_scripts_own_arguments() -> None:
+    status, output, _ = invoke(
+        *("run", "--device", "cpu", "--dry-run", "--model", "llama3-8b"),
+        *("train.py", "--num-layers", "2"),
+    )
+    assert status == 0
+    words = shlex.split(output)
+    assert words[words.index("train.py") + 1 : words.index("train.py") + 3] == [
+        *("--num-layers", "32")
+    ]
+    assert words[-2:] == ["--num-layers", "2"], "what comes later wins"
+    status, _, error = invoke("run", "--dry-run", "--model", "llama9", "train.py")
+    assert status != 0
+    assert "llama3-8b" in str(error), "the models there are"
+
+
 def test_dry_run_prints_the_torchrun_command() -> None:
     status, output, _ = invoke(
         *("run", "--nproc", "4", "--device", "cpu", "--dry-run"),

@@ -28,23 +28,19 @@ def test_quickstart(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "20 documents" in first.stdout
     assert first.stdout.count("step 3/3") == 4
-    for word in ("SP=2", "SP=1", "TP=2, same kernel", "TP=2, stock", "reference", "losses.png"):
+    for word in ("SP=2", "SP=1", "TP=2 + TP-SP, stock", "reference", "losses.png"):
         assert word in first.stdout
     output = tmp_path / "runs" / "quickstart"
-    losses = {
-        name: [
-            step["loss"]
-            for step in json.loads((output / name / "report.json").read_text())["steps"]
-        ]
-        for name in ("sp2", "sp1", "tp2-kernel", "tp2")
-    }
+    result = json.loads((output / "quickstart.json").read_text(encoding="utf-8"))
+    losses = {row["label"]: row["losses"] for row in result["by_length"]["256"]}
+    assert len(losses) == 4
     for name in losses:
-        assert losses[name] == pytest.approx(losses["sp1"], rel=1e-5)
+        assert losses[name] == pytest.approx(losses["SP=1"], rel=1e-5)
     assert (output / "losses.png").stat().st_size > 10_000
 
     again = quickstart(tmp_path, "--input", "my.jsonl")
     assert again.returncode == 0
-    assert again.stdout.count("reused from") == 4
+    assert again.stdout.count("ok, stored before") == 4
     assert "step 3/3" not in again.stdout
 
 

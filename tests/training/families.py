@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_seqpar.experiments.training import flags
 from megatron_seqpar.mfu import read_flags
-from megatron_seqpar.quickstart.plan import flags
 from tests.training.runs import ROOT
 
 MODELS = ROOT / "configs" / "models"

@@ -41,7 +41,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from megatron_seqpar.quickstart.plan import model_arguments
+    from megatron_seqpar.experiments.training import model_arguments
 
     target, *rest = sys.argv[1:]
     at = rest.index("--")

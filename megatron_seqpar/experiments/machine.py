@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from megatron_seqpar.errors import SeqParError
 
+FUSED_KERNELS = {"cpu": "cpu", "cuda": "aten"}
+"""Device: a fused attention kernel that torch brings, given to the axis and to baselines alike."""
+
 
 @dataclass(frozen=True)
 class Machine:

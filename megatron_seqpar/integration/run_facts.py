@@ -31,6 +31,7 @@ def facts(world: int) -> dict[str, Any]:
             "kind": "cpu" if cpu_runtime.is_active() else "cuda",
             "name": device_name(),
             "backend": torch.distributed.get_backend(),
+            "backend_version": _backend_version(),
             "threads": torch.get_num_threads(),
         },
         "parallel": {
@@ -61,6 +62,13 @@ def device_name() -> str:
     if cpu_runtime.is_active():
         return f"CPU {platform.machine()}, {os.cpu_count()} cores"
     return torch.cuda.get_device_name()
+
+
+def _backend_version() -> str:
+    """NCCL's version; gloo has none of its own and comes with torch."""
+    if torch.distributed.get_backend() == "nccl":
+        return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
+    return f"torch {torch.__version__}"
 
 
 def dtype_name() -> str:

@@ -12,10 +12,7 @@ than `--seconds` is not waited for: its way is reported as "at least".
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,81 +20,42 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
-import memory_plot
-from memory_ways import Outcome, figures, run, ways
+from megatron_seqpar.bench import drawing
+from megatron_seqpar.bench import result as result_file
+from megatron_seqpar.bench.memory import ways_of
+from megatron_seqpar.bench.memory_report import STYLE
+from megatron_seqpar.bench.prepare import prepare, ranks_and_device
+from megatron_seqpar.bench.training import described
+from megatron_seqpar.experiments.longest import search
 
-from megatron_seqpar.data import StandardLibrary, prepare_corpus
-from megatron_seqpar.mfu import read_flags
-from megatron_seqpar.quickstart.machine import look
-from megatron_seqpar.quickstart.plan import Training
-
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 2  # the optimizer's state is there from the first step's end
 BLOCKS_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 
 
-@dataclass
-class Search:
-    """What a search found: the longest length that trained, and all tries by length."""
-
-    longest: int = 0
-    at_least: bool = False
-    tries: dict[int, str] = field(default_factory=dict)
-    seconds: float | None = None
-
-
-def search(
-    attempt: Callable[[int], tuple[str, float | None]],
-    *,
-    start: int,
-    unit: int,
-    most: int,
-    precision: float,
-) -> Search:
-    """Double from `start`, then halve the gap, in multiples of `unit`, up to `most`.
-
-    attempt: status of a length ('ok', 'oom', 'too slow', 'error') and seconds a step. Raises
-    SystemExit for an error that is not about memory, so that no failure passes for a limit.
-    """
-    found = Search()
-    fails: int | None = None
-
-    def fits(length: int) -> bool:
-        nonlocal fails
-        status, seconds = attempt(length)
-        found.tries[length] = status
-        if status == "error":
-            raise SystemExit(f"{length} tokens failed for another reason than memory")
-        if status == "ok":
-            found.longest, found.seconds = length, seconds
-            return True
-        found.at_least = status == "too slow"
-        fails = length
-        return False
-
-    length = start
-    while fits(length):
-        if length >= most:
-            found.at_least = True
-            return found
-        length = min(2 * length, most)
-    while fails is not None and not found.at_least:
-        low = found.longest
-        middle = (low + fails) // 2 // unit * unit
-        if middle <= low or (fails - low) <= precision * max(low, unit):
-            break
-        fits(middle)
-    return found
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The longest sequence of each way as bars, with its ratio to the first way's."""
+    ways = {name: row for name, row in result["ways"].items() if row.get("longest")}
+    figure, grid = drawing.figure(1, 1, (8.5, 0.55 * len(ways) + 1.6))
+    axes, names = grid[0][0], list(ways)[::-1]
+    values = [ways[name]["longest"] for name in names]
+    bars = axes.barh(names, values, color=[STYLE[name][0] for name in names])
+    base = ways.get("stock", ways[next(iter(ways))])["longest"]
+    labels = [
+        f"{'at least ' if ways[name]['at_least'] else ''}{value:,} ({value / base:.1f} x)"
+        for name, value in zip(names, values, strict=True)
+    ]
+    axes.bar_label(bars, labels=labels, padding=4, fontsize=9)
+    axes.set_xlim(0, max(values) * 1.3)
+    axes.set_xlabel(f"tokens that train in one rank with {result['limit']}")
+    axes.set_title(f"Longest sequence ({result['device_name']}, {result['model']['name']})")
+    axes.grid(alpha=0.3, axis="x")
+    drawing.save(figure, path)
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model file.")] = (
-        ROOT / "configs" / "models" / "llama3-mini.yaml"
-    ),
+    model: Annotated[str, typer.Option(help="Name of a model, or its file.")] = "llama3-mini",
     memory_mib: Annotated[int, typer.Option(help="On a CPU: what a rank may take.")] = 256,
-    pieces: Annotated[int, typer.Option(help="Of MLPs and of the loss.")] = 16,
+    chunks: Annotated[int, typer.Option(help="Pieces of MLPs and of the loss.")] = 16,
     start: Annotated[int, typer.Option(help="First length tried.")] = 512,
     most: Annotated[int, typer.Option(help="Last length tried.")] = 2**20,
     precision: Annotated[float, typer.Option(help="Where to stop, relative.")] = 0.1,
@@ -107,54 +65,43 @@ def main(
     threads: Annotated[int, typer.Option(help="Of the one rank, on a CPU.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Write JSON here, and a PNG beside.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for corpus and reports.")] = Path(
-        "runs/benchmark"
+        "runs/bench/max_length"
     ),
 ) -> None:
     """Search and print; see the text at the top of this file."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    corpus = prepare_corpus(StandardLibrary(), work / "stdlib")
-    here = look(device, 1)
-    cap = memory_mib if here.device == "cpu" else 0
+    _, found_device = ranks_and_device(device, (1,))
+    here = prepare(
+        found_device, model, None, "stdlib", work, None, float("inf"), seconds, Console(stderr=True)
+    )
+    environment = {"OMP_NUM_THREADS": str(threads), **BLOCKS_RETURNED}
+    trainer = replace(here.trainer, environment=environment)
+    on_cpu = found_device == "cpu"
+    cap = memory_mib if on_cpu else 0
     rows: dict[str, Any] = {}
-    for name, way in ways(pieces).items():
-        if (only and name not in only.split(";")) or (way.gpu and here.device == "cpu"):
+    for name, way in ways_of(1, chunks, here.kernel).items():
+        if (only and name not in only.split(";")) or (way.gpu and on_cpu):
             continue
 
         def attempt(length: int, name: str = name, way: Any = way) -> tuple[str, float | None]:
-            training = Training(model, corpus, work / "cache", STEPS, length, batch=1)
-            outcome: Outcome = run(
-                name,
-                way,
-                training,
-                here,
-                work / "max_length",
-                cap_mib=cap,
-                seconds=seconds,
-                environment={"OMP_NUM_THREADS": str(threads), **BLOCKS_RETURNED},
-            )
-            took = figures(outcome)["seconds"] if outcome.status == "ok" else None
+            training = here.training(length, STEPS, {})
+            row = described(way, trainer.run(way, training, lambda line: None, cap_mib=cap))
+            took = row.get("seconds")
             told = f" {took:.2f} s/step" if took is not None else ""
-            print(f"{name}, {length} tokens: {outcome.status}{told}", flush=True)
-            if outcome.status == "error":
-                print(outcome.text, flush=True)
-            return outcome.status, took
+            print(f"{name}, {length} tokens: {row['status']}{told}", flush=True)
+            return row["status"] if row["status"] != "error" else row["why"], took
 
         found = search(attempt, start=start, unit=256, most=most, precision=precision)
         rows[name] = {
-            "longest": found.longest,
+            "longest": found.tokens,
             "at_least": found.at_least,
             "seconds_per_step_there": found.seconds,
             "tries": {str(length): status for length, status in sorted(found.tries.items())},
         }
-    limit = f"{memory_mib} MiB to take" if cap else f"the memory of one {here.name}"
+    where = here.trainer.machine.name
+    limit = f"{memory_mib} MiB to take" if cap else f"the memory of one {where}"
     result = {
-        **machine.describe(),
-        "device": here.name,
-        "name": model.stem,
-        "model": read_flags(model),
+        **here.result("max_length", chunks=chunks, precision=precision),
         "limit": limit,
-        "pieces": pieces,
-        "precision": precision,
         "ways": rows,
     }
     table = Table(title=f"Longest sequence that trains: {limit}")
@@ -173,8 +120,8 @@ def main(
         )
     Console(width=120).print(table)
     if output is not None:
-        machine.write(result, output)
-        memory_plot.longest(result, output.with_suffix(".png"))
+        result_file.write(result, output)
+        plot(result, output.with_suffix(".png"))
         print(f"{output}\n{output.with_suffix('.png')}")
 
 

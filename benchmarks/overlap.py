@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-import machine
 import overlap_plot
 from overlap_rank import PASSES, case_name, plan_of
 
 from megatron_seqpar.attention import Schedule
+from megatron_seqpar.bench import result as result_file
 from megatron_seqpar.simulate import Cluster, load_cluster, predict
 from megatron_seqpar.simulate.calibrate import LinkRow, TileRow, calibrated
 from megatron_seqpar.simulate.cluster import Basis, Figure
@@ -259,12 +259,12 @@ def main(
         schedule, ranks, mask = (*text.split(":", 2), "causal")[:3]
         found.append(summary(measure(schedule, int(ranks), mask, work, options)))
     show(found)
-    result: dict[str, Any] = {**machine.describe(), "dtype": "float32", "cases": found}
+    result: dict[str, Any] = {**result_file.describe(), "dtype": "float32", "cases": found}
     if training_tokens:
         result["training"] = train(work, found[0]["rate_bytes_per_second"], training_tokens)
         print(f"trace of a training step: {work / result['training']['trace']}")
     if output is not None:
-        machine.write(result, output)
+        result_file.write(result, output)
         overlap_plot.save(found, work, output.with_suffix(".png"))
         print(f"{output}\n{output.with_suffix('.png')}")
 

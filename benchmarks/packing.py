@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +43,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
-
 from megatron_seqpar.attention import Documents, Payload, Schedule, TokenLayout
 from megatron_seqpar.attention.ir import Problem, Tile
 from megatron_seqpar.attention.schedules import ring, solver
+from megatron_seqpar.bench import result as result_file
 
 TOKENS = 131072
 BLOCK = 128
@@ -249,8 +246,14 @@ def main(
     if output is not None:
         sizes = {"tokens": TOKENS, "packings": packings, "heads": heads, "kv_heads": kv_heads}
         shapes = {name: {"median": m, "sigma": s} for name, (m, s) in SHAPES.items()}
-        result = {**machine.describe(), **sizes, "head_dim": 128, "lengths": shapes, "cases": found}
-        machine.write(result, output)
+        result = {
+            **result_file.describe(),
+            **sizes,
+            "head_dim": 128,
+            "lengths": shapes,
+            "cases": found,
+        }
+        result_file.write(result, output)
         plot(cases, output.with_suffix(".png"))
         print(f"{output}\n{output.with_suffix('.png')}")
 

@@ -11,10 +11,11 @@ import typer
 from megatron_seqpar import __version__
 from megatron_seqpar.errors import SeqParError
 
-COMMANDS = ("run", "compare", "sweep", "schedule", "trace", "prepare_data", "doctor")
+COMMANDS = ("run", "compare", "sweep", "bench", "schedule", "trace", "prepare_data", "doctor")
 """Modules of `megatron_seqpar.commands`, in the order that `--help` lists them.
 
-Each has a function of its own name; `CONTEXT`, where there is one, holds settings of its parser.
+Each has a function of its own name, or a group of commands; `CONTEXT`, where there is one, holds
+settings of its parser.
 """
 
 app = typer.Typer(
@@ -26,10 +27,14 @@ app = typer.Typer(
 )
 for _name in COMMANDS:
     _module = importlib.import_module(f"megatron_seqpar.commands.{_name}")
+    _command = getattr(_module, _name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+        continue
     _register = app.command(
         _name.replace("_", "-"), context_settings=getattr(_module, "CONTEXT", None)
     )
-    _register(getattr(_module, _name))
+    _register(_command)
 
 
 def _show_version(value: bool) -> None:

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.console import Console
 
-from benchmarks import machine
 from benchmarks.gpu import environment, report
 from benchmarks.gpu.settings import Outcome, Scale, Settings
+from megatron_seqpar.bench.result import write
 
 # seconds that a part (or its run for one kernel) may take at full scale, in the order of running
 PARTS = {
@@ -150,7 +150,7 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, dict[str
             console.print(f"    {parts[name]['status']}: {parts[name]['says']}", markup=False)
             # after every part: a run that is cut short leaves what it has
             result = {**about, "scale": options.scale, "parts": parts}
-            machine.write(result, options.output / "gpu_check.json")
+            write(result, options.output / "gpu_check.json")
     return parts
 
 
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.unit is not None:
         part, kernel, seconds, result = options.unit
         found = run_here(part, _settings(options, kernel, float(seconds), options.work))
-        machine.write(found, Path(result))
+        write(found, Path(result))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 150)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
 from benchmarks.gpu.settings import Outcome, Settings
 from benchmarks.gpu.timing import clocks, time_calls
 from megatron_seqpar.attention.kernels import KERNELS, registry
+from megatron_seqpar.bench import result as result_file
 
 PACKAGES = (
     "torch", "triton", "megatron-core", "megatron_seqpar", "flash-attn", "flash_attn_3",
@@ -36,7 +36,7 @@ def found_kernels(device: torch.device) -> list[str]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Command, versions and hardware, with the GPU's."""
-    found = machine.describe()
+    found = result_file.describe()
     found["platform"] = platform.platform()
     found["versions"] |= {name: _version(name) for name in PACKAGES}
     found["variables"] = {

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a pretraining script with its memory limited or accounted for, on every rank.
 
-    megatron-seqpar run --nproc N benchmarks/memory_rank.py CAP_MIB ACCOUNT.json SCRIPT ARGS
+    megatron-seqpar run --nproc N .../bench/memory_rank.py CAP_MIB ACCOUNT.json SCRIPT ARGS
+
+The launcher runs this file by its path, inside training; nothing imports it.
 
 CAP_MIB: when training starts, a rank may take that much more writable memory than it has then
     (RLIMIT_DATA); 0 for no limit. An allocation beyond it fails as one on a full GPU does.

@@ -71,6 +71,9 @@ def test_fifty_steps_are_the_same(
     check_same_run(ours, reference)
     for entry in ours.report["ranks"]:
         counted = entry["attention"]
+        if ranks == 1:  # counted by the axis, which one rank has none of
+            assert counted is None
+            continue
         assert counted["forward_calls"] == counted["backward_calls"] > 0, "attention ran again"
         assert entry["offload"]["bytes_out"] == 0, "on a CPU nothing is moved"
 

@@ -244,10 +244,11 @@ def test_little_shared_memory_has_its_fix(monkeypatch: pytest.MonkeyPatch, tmp_p
     usage = namedtuple("usage", ("total", "used", "free"))
     monkeypatch.setattr(limits, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: usage(0, 0, 40 * 2**20))
-    found = limits.check(Asked(), machine())
-    assert found.status is Status.PROBLEM
-    assert "40 MiB of shared memory are free" in found.text
-    assert "--shm-size=8g" in str(found.fix)
+    for there, status in (([], Status.WARNING), ([H100, H100], Status.PROBLEM)):
+        found = limits.check(Asked(), machine(torch={**TORCH, "gpus": there}))
+        assert found.status is status
+        assert "40 MiB of shared memory are free" in found.text
+        assert "--shm-size=8g" in str(found.fix)
 
 
 def test_few_open_files_have_their_fix() -> None:

@@ -171,3 +171,25 @@ def test_a_run_on_a_gpu_is_sampled_and_summed_up(monkeypatch: pytest.MonkeyPatch
         "nvlink_received_bytes_per_second: Not Supported"
     )
     assert _telemetry([{"absent": "a"}, {"absent": "a"}]) == "absent: a"
+
+
+@pytest.mark.needs_gpu
+def test_values_of_a_real_gpu_are_plausible() -> None:
+    pytest.importorskip("pynvml")
+    import torch
+
+    taken = Sampler(Gpu(str(torch.cuda.get_device_properties(0).uuid)), interval=0.02)
+    held = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
+    taken.start()
+    until(lambda: taken._samples >= 5 or not taken.running)
+    taken.stop()
+    summary = taken.summary()
+    assert "ended_by" not in summary
+    medians = {name: value["median"] for name, value in summary["quantities"].items()}
+    assert medians["memory_used_bytes"] >= held.numel()
+    assert 5 < medians["power_watts"] < 2000
+    assert 100 < medians["sm_clock_mhz"] < 5000
+    assert 0 <= medians["utilization_percent"] <= 100
+    assert 10 < medians["temperature_celsius"] < 110
+    asked = medians.keys() | summary["lacking"].keys() | summary["failed"].keys()
+    assert asked == STEADY.keys() | LINKS

@@ -12,7 +12,10 @@ from ..machine import Machine
 
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 2**20
-LITTLE_SHARED, TOO_LITTLE_SHARED = 1024 * MIB, 64 * MIB
+LITTLE_SHARED = 1024 * MIB
+TOO_LITTLE_SHARED = {"gloo": 16 * MIB, "nccl": 64 * MIB}
+"""NCCL's buffers between the GPUs of a machine; data loaders alone may do with less."""
+
 FILES_OF_A_RANK = 1024
 """Open files and sockets of a rank: loaders, libraries, and a socket a peer and group."""
 
@@ -26,7 +29,8 @@ def check(asked: Asked, machine: Machine) -> Finding:
     if SHARED_MEMORY.is_dir():
         free = facts["shared_memory_free_bytes"] = shutil.disk_usage(SHARED_MEMORY).free
         if free < LITTLE_SHARED:
-            status = Status.PROBLEM if free < TOO_LITTLE_SHARED else Status.WARNING
+            least = TOO_LITTLE_SHARED[machine.backend(asked.device, asked.nproc)]
+            status = Status.PROBLEM if free < least else Status.WARNING
             text = f"{free // MIB} MiB of shared memory are free in {SHARED_MEMORY}"
             fix = f"mount -o remount,size=8g {SHARED_MEMORY} (in Docker: docker run --shm-size=8g)"
             wrong.append((status, text, fix))

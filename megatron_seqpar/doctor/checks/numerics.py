@@ -59,15 +59,18 @@ def check(asked: Asked, machine: Machine) -> Finding:
 
 def run(nproc: int, backend: str, machine: Machine) -> tuple[dict[str, Any] | None, list[str]]:
     """(what rank 0 found, nothing) or (None, why not, of each rank that failed)."""
+    # a doctor inside of a job must not take that job's variables for its own
+    outside = {k: v for k, v in machine.environ.items() if not k.startswith("TORCHELASTIC_")}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting["WORLD_SIZE"] = meeting["LOCAL_WORLD_SIZE"] = str(nproc)
     command = [sys.executable, "-m", "megatron_seqpar.doctor.self_test", backend]
     ranks: list[tuple[subprocess.Popen[bytes], IO[str]]] = []
     with contextlib.ExitStack() as files:
         told = files.enter_context(tempfile.TemporaryFile("w+"))
         try:
             for rank in range(nproc):
-                place = {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank)}
-                environment = {**machine.environ, **meeting, **place}
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = {**outside, **meeting, **place}
                 environment.setdefault("OMP_NUM_THREADS", "1")
                 output = told if rank == 0 else subprocess.DEVNULL
                 errors = files.enter_context(tempfile.TemporaryFile("w+"))

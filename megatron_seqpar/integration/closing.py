@@ -35,6 +35,7 @@ from megatron_seqpar.telemetry.memory import memory_use
 from megatron_seqpar.telemetry.traffic import TrafficMeter
 
 COUNTED_STEPS = 2
+ATTENTION_STEPS = 16
 _ATTENTION = ("attention_compute_seconds", "attention_wait_seconds")
 
 
@@ -49,28 +50,22 @@ class Closing:
         self.starts, self.tokens = array("d"), array("q")
         self.bytes_of_a_step: int | None = None
         self._traffic = TrafficMeter()
-        self._attention = dict.fromkeys(_ATTENTION, 0.0)
+        self._attention, self._attended = dict.fromkeys(_ATTENTION, 0.0), 0
 
     def train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's `train_step`, noted."""
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
+            tokens = run_facts.tokens_per_step()
             self.starts.append(time.perf_counter())
-            self.tokens.append(run_facts.tokens_per_step())
-            attention = measure.current().totals()
-            try:
-                with self._counting():
-                    return original(*args, **kwargs)
-            finally:
-                if len(self.starts) > run_facts.UNTIMED_STEPS:
-                    added = measure.totals_since(attention)
-                    for name in _ATTENTION:
-                        self._attention[name] += added[name]
+            self.tokens.append(tokens)
+            with self._counting_bytes(), self._adding_attention():
+                return original(*args, **kwargs)
 
         return train_step
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _counting_bytes(self) -> Iterator[None]:
         """Counts bytes in the first steps, and does nothing in the others."""
         if len(self.starts) > COUNTED_STEPS:
             yield
@@ -79,6 +74,20 @@ class Closing:
         with self._traffic.running():
             yield
         self.bytes_of_a_step = self._traffic.bytes
+
+    @contextlib.contextmanager
+    def _adding_attention(self) -> Iterator[None]:
+        """Adds up attention's seconds in the first timed steps alone: reading them has a price."""
+        step = len(self.starts) - run_facts.UNTIMED_STEPS
+        if not 1 <= step <= ATTENTION_STEPS or not _attention_is_measured():
+            yield
+            return
+        before = measure.current().totals()
+        yield
+        added = measure.totals_since(before)
+        self._attended += 1
+        for name in _ATTENTION:
+            self._attention[name] += added[name]
 
     def finish(self) -> None:
         """Tell rank 0; it prints the summary, of the ranks that have told within a while."""
@@ -95,7 +104,6 @@ class Closing:
 
     def _record(self) -> dict[str, Any]:
         use = memory_use()
-        attended = len(self.starts) - run_facts.UNTIMED_STEPS
         return {
             "rank": dist.get_rank(),
             "memory": use.kind,
@@ -104,7 +112,7 @@ class Closing:
             "seconds_per_step": self._rates().seconds,
             "bytes_of_a_step": self.bytes_of_a_step,
             **{
-                name: seconds / attended if attended > 0 and _attention_is_measured() else None
+                name: seconds / self._attended if self._attended else None
                 for name, seconds in self._attention.items()
             },
             "telemetry": device_samples.end(),

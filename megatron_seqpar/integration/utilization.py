@@ -166,8 +166,6 @@ def _why_uncounted(model: Any, flags: Mapping[str, Any]) -> str | None:
         if value:
             shown = "" if value is True else f" {value}"
             return f"--{name.replace('_', '-')}{shown}: {why}"
-    if isinstance(flags.get("window_attn_skip_freq"), (list, tuple)):
-        return "--window-attn-skip-freq with a list: only a number is counted"
     from megatron.core.models.gpt import GPTModel
 
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]

@@ -34,7 +34,10 @@ def model_flops(
     Of all ranks together, forward and backward. `causal` counts the keys that a causal mask leaves.
     """
     layers = model.layers + model.mtp_layers
-    windowed = model.window.layers(layers) if model.window else 0
+    windowed = 0
+    if model.window is not None:
+        # MTP's layers are built as the first layer is
+        windowed = model.window.layers(model.layers) + model.mtp_layers * model.window.first()
     keys = (layers - windowed) * _mean_keys(sequence_length, None, causal)
     if model.window:
         keys += windowed * _mean_keys(sequence_length, model.window.size, causal)

@@ -18,16 +18,29 @@ from ..errors import SeqParError, UnsupportedError
 class Window:
     """Sliding-window attention: a query sees itself and `size - 1` keys before it.
 
-    `every` is Megatron's --window-attn-skip-freq: each such layer sees the whole sequence; 0 for
-    none that does.
+    `skip` is Megatron's --window-attn-skip-freq: every so manieth layer sees the whole sequence
+    (0: none does), or layer by layer whether it has the window.
     """
 
     size: int
-    every: int = 0
+    skip: int | tuple[int, ...] = 0
 
     def layers(self, count: int) -> int:
-        """How many of `count` layers have the window."""
-        return count if self.every < 1 else count - count // self.every
+        """How many of `count` layers have the window.
+
+        Raises SeqParError where layers are listed and there are not as many.
+        """
+        if isinstance(self.skip, int):
+            return count if self.skip < 1 else count - count // self.skip
+        if len(self.skip) != count:
+            raise SeqParError(
+                f"--window-attn-skip-freq {list(self.skip)}: {count} layers need as many entries"
+            )
+        return sum(map(bool, self.skip))
+
+    def first(self) -> bool:
+        """Whether the first layer has the window."""
+        return self.skip != 1 if isinstance(self.skip, int) else bool(self.skip[0])
 
 
 @dataclass(frozen=True)
@@ -212,28 +225,15 @@ def _latent(get: _Reader, hidden: int, heads: int) -> tuple[int, int, int]:
 
 
 def _moe_layers(frequency: Any, layers: int) -> int:
-    """How many layers --moe-layer-freq makes MoE layers: a number, a list, or such an expression.
-
-    Megatron evaluates the text as Python; here only sums of `[0, 1] * n` are understood.
-    """
+    """How many layers --moe-layer-freq makes MoE layers: every so manieth, or those listed."""
     if frequency is None:
         return layers
-    if isinstance(frequency, int) or str(frequency).isdigit():
-        every = int(frequency)
-        return -(-layers // every)
-    if isinstance(frequency, str):
-        pattern: list[int] = []
-        text = re.sub(r"\s|^\((.*)\)$", r"\1", frequency)
-        for term in text.split("+"):
-            match = re.fullmatch(r"\(?\[([01](?:,[01])*)\](?:\*(\d+))?\)?(?:\*(\d+))?", term)
-            if match is None:
-                raise SeqParError(f"--moe-layer-freq {frequency}: not understood")
-            times = int(match[2] or 1) * int(match[3] or 1)
-            pattern += [int(digit) for digit in match[1].split(",")] * times
-        frequency = pattern
-    if len(frequency) != layers:
+    pattern = _pattern(frequency, "--moe-layer-freq")
+    if isinstance(pattern, int):
+        return -(-layers // pattern)
+    if len(pattern) != layers:
         raise SeqParError(f"--moe-layer-freq {frequency}: {layers} layers need as many entries")
-    return sum(int(entry) for entry in frequency)
+    return sum(pattern)
 
 
 def _window(given: Mapping[str, Any]) -> Window | None:
@@ -244,5 +244,24 @@ def _window(given: Mapping[str, Any]) -> Window | None:
     left = int(str(size).strip("()[] ").split(",")[0])
     if left < 0:
         return None
-    every = str(given.get("window-attn-skip-freq"))
-    return Window(left + 1, int(every) if every.isdigit() else 0)
+    skip = given.get("window-attn-skip-freq")
+    return Window(left + 1, 0 if skip is None else _pattern(skip, "--window-attn-skip-freq"))
+
+
+def _pattern(value: Any, flag: str) -> int | tuple[int, ...]:
+    """A number N (every Nth layer), or 0 and 1 layer by layer: a list, or an expression of lists.
+
+    Megatron evaluates the text as Python; here only sums of `[0, 1] * n` are understood.
+    """
+    if isinstance(value, int) or str(value).isdigit():
+        return int(value)
+    if not isinstance(value, str):
+        return tuple(int(entry) for entry in value)
+    found: list[int] = []
+    for term in re.sub(r"\s", "", value).split("+"):
+        match = re.fullmatch(r"\(*\[([01](?:,[01])*)\]\)*(?:\*(\d+))?\)*(?:\*(\d+))?", term)
+        if match is None:
+            raise SeqParError(f"{flag} {value}: not understood")
+        times = int(match[2] or 1) * int(match[3] or 1)
+        found += [int(digit) for digit in match[1].split(",")] * times
+    return tuple(found)

@@ -139,9 +139,15 @@ def test_full_attention_counts_every_key() -> None:
 
 
 def test_windows_take_turns() -> None:
-    assert Window(4, every=2).layers(42) == 21
-    assert Window(4, every=3).layers(4) == 3
+    assert Window(4, skip=2).layers(42) == 21
+    assert Window(4, skip=3).layers(4) == 3
+    assert Window(4, skip=1).layers(4) == 0
     assert Window(4).layers(4) == 4
+    listed = _tiny(**{"window-size": "3,0", "window-attn-skip-freq": "[1,1,1,0]"}).window
+    assert listed is not None
+    assert listed.layers(4) == 3
+    with pytest.raises(SeqParError, match="5 layers need as many"):
+        listed.layers(5)
     assert _tiny(**{"window-size": "(4095, 0)", "window-attn-skip-freq": 2}).window == Window(
         4096, 2
     )

@@ -167,7 +167,6 @@ def test_what_the_formula_does_not_count_is_said() -> None:
     for flags, why in (
         ({"hybrid_layer_pattern": "M*M-"}, "--hybrid-layer-pattern M*M-: layers of hybrid"),
         ({"freeze_all_layers": True}, "--freeze-all-layers: what is not trained"),
-        ({"window_attn_skip_freq": [1, 0]}, "--window-attn-skip-freq with a list"),
     ):
         found = utilization._why_uncounted([object()], flags)
         assert found is not None

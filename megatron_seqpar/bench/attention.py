@@ -240,7 +240,8 @@ def _measure_cell(
     measured = interleave(list(works), rounds, lambda name, _: timed(name, calls[name]))
     if _rank() == 0:
         shown = ", ".join(f"{way} {seconds:.3g} s" for way, seconds in measured[-1].items())
-        say(f"{place.ranks} ranks, {kernel}, {cell.tokens:,} tokens, last round: {shown}")
+        ranks = f"{place.ranks} rank{'s' * (place.ranks > 1)}"
+        say(f"{ranks}, {kernel}, {cell.tokens:,} tokens, last round: {shown}")
     return {"kernel": kernel, "rounds": measured, "calls": calls, "differences": differences}
 
 

@@ -67,11 +67,15 @@ def _cell(value: float | None, form: str, unit: float = 1.0) -> str:
 def refusals(result: dict[str, Any]) -> list[str]:
     """Why rows have no numbers, each reason once."""
     lines = [
-        f"{row['ranks']} ranks, {row['kernel']}, {row['way']}: {row['status']}: {row['why']}"
+        f"{_ranks(row['ranks'])}, {row['kernel']}, {row['way']}: {row['status']}: {row['why']}"
         for row in result["rows"]
         if row["status"] != "ok"
     ]
     return list(dict.fromkeys(lines))
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -90,7 +94,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         speed.set_ylabel(f"{unit} a rank")
         speed.set_ylim(bottom=0)
         drawing.tokens(speed, lengths)
-        speed.set_title(f"{size} rank{'s' if size > 1 else ''}")
+        speed.set_title(_ranks(size))
         if not split:
             continue
         axes = grid[0][column]
@@ -98,7 +102,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.axhline(1, color="grey", linewidth=1, linestyle="--")
         axes.set_ylabel("one rank's time / (ranks x time)")
         axes.set_ylim(bottom=0)
-        axes.set_title(f"{size} rank{'s' if size > 1 else ''}")
+        axes.set_title(_ranks(size))
         drawing.tokens(axes, lengths)
     drawing.legend(figure, list(grid.flat))
     where = result["gpus"][0]["name"] if result["device"] == "cuda" else result["cpu"]

@@ -370,7 +370,8 @@ def _tell(places: list[Any]) -> None:
     console = _console(error=True)
     for place in places:
         how = "NCCL" if place.device == "cuda" else "gloo, one thread a rank"
-        console.print(f"{place.ranks} ranks on {place.device} ({how})")
+        ranks = f"{place.ranks} rank{'s' * (place.ranks > 1)}"
+        console.print(f"{ranks} on {place.device} ({how})")
         for note in place.notes:
             console.print(f"note: {note}")
 

@@ -123,4 +123,4 @@ def test_a_kernel_that_does_not_serve_is_refused_by_the_ranks() -> None:
     asked = ("attention", "--device", "cpu", "--ranks", "1", "--tokens", "16")
     assert "kernel='flash2'" in refused(*asked, "--kernels", "flash2")
     output = bench(*asked, "--kernels", "flash2,reference", "--rounds", "1")
-    assert "1 ranks, flash2, one rank: refused: kernel='flash2'" in output
+    assert "1 rank, flash2, one rank: refused: kernel='flash2'" in output

@@ -12,10 +12,13 @@
     collectives.py  messages and collectives over the ranks, and fits of links
     training.py     one training run through the launcher, and what came of it
     memory_rank.py  the training script under a memory limit or an account of the allocator
+    cells.py        ways of one training in turn, and their rows
+    prepare.py      from options to what is trained
     layers.py       how many layers of a large model fit
     step.py         training steps of one model, every way
     memory.py       peak memory and time of every way to spend memory
 
+Of attention, attention_cells.py says what is measured and attention_rank.py what a rank does.
 Files called *_report.py hold a benchmark's table and picture. Every result is `rows`, one a way and
 setting, each with a status; a way that needs too much memory is a row. Pairs are measured in turn
 within rounds and a ratio is the median of the rounds' ratios.

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from . import drawing
-from .attention import BUSY, ONE_RANK
+from .attention_cells import BUSY, ONE_RANK
 
 _RATIOS = ("efficiency", "efficiency_busy", "over_first")
 

@@ -87,6 +87,14 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
+def number(text: str, option: str) -> int:
+    """The one number of a text; SeqParError as `numbers`, and for several."""
+    found = numbers(text, option)
+    if len(found) > 1:
+        raise SeqParError(f"{option} {text}: give one number")
+    return found[0]
+
+
 def words(text: str, option: str, accepted: tuple[str, ...], between: str = ",") -> list[str]:
     """The names in a text, each once. SeqParError names `option` and what it accepts."""
     found = list(dict.fromkeys(part.strip() for part in text.split(between) if part.strip()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from ..data import Corpus
 from ..errors import SeqParError, UnsupportedError
 from ..experiments.corpus import STDLIB, corpus_of
 from ..experiments.machine import FUSED_KERNELS, Machine
+from ..experiments.store import Store
 from ..experiments.training import Training
 from ..launcher.environment import under_torchrun
 from ..mfu import read_flags
 from ..shipped import model_file, pretraining_script
 from . import result
 from .place import default_ranks, device_of
+from .ranks import say
 from .training import Trainer
 
 _MODELS = {"cpu": "benchmark", "cuda": "llama3-8b"}
@@ -37,6 +40,8 @@ class Prepared:
         kernel: of all ways but stock ones.
         limit_gib: see `training.left_out`.
         about: what the result says of command, versions and hardware.
+        held: the folder's lock, for as long as this is referred to: two commands in one folder
+            would read each other's reports, and slow each other down.
     """
 
     trainer: Trainer
@@ -45,6 +50,7 @@ class Prepared:
     kernel: str
     limit_gib: float
     about: dict[str, Any]
+    held: ExitStack
 
     def training(self, length: int, steps: int, changes: dict[str, Any]) -> Training:
         """One sequence of `length` tokens a step.
@@ -93,7 +99,7 @@ def prepare(
     seconds: float | None,
     console: Console,
 ) -> Prepared:
-    """Find model and script, build the corpus, describe the machine.
+    """Find model and script, wait for the folder, build the corpus, describe the machine.
 
     Raises SeqParError where a file is missing.
     """
@@ -105,6 +111,8 @@ def prepare(
         raise SeqParError(f"--script {script}: no such file")
     if data != STDLIB and not Path(data).is_file():
         raise SeqParError(f"--data {data}: no such file; give stdlib or a JSON-lines file")
+    held = ExitStack()
+    held.enter_context(Store(work).turn(say))
     about = result.describe()
     memory = result.gpu_memory_bytes(about) if device == "cuda" else None
     limit = about["memory_gib"] / 2 if memory is None else memory / 2**30
@@ -116,6 +124,7 @@ def prepare(
         kernel=kernel or FUSED_KERNELS[device],
         limit_gib=limit if stock_limit_gib is None else stock_limit_gib,
         about=about,
+        held=held,
     )
 
 

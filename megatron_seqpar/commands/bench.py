@@ -72,6 +72,7 @@ def attention(
     from megatron_seqpar.attention.schedules import names as schedule_names
     from megatron_seqpar.bench import attention as measuring
     from megatron_seqpar.bench import attention_report as report
+    from megatron_seqpar.bench.attention_cells import Sizes, ways_of
     from megatron_seqpar.bench.place import places
     from megatron_seqpar.bench.result import describe
     from megatron_seqpar.simulate.costs import ITEM_SIZES
@@ -80,7 +81,7 @@ def attention(
     where = places(device, _counts(ranks, "--ranks"), node_size)
     gpu = all(place.device == "cuda" for place in where)
     default_heads = heads or (32 if gpu else 8)
-    sizes = measuring.Sizes(
+    sizes = Sizes(
         heads=default_heads,
         kv_heads=kv_heads or max(1, default_heads // 4),
         head_dim=head_dim or (128 if gpu else 64),
@@ -94,7 +95,7 @@ def attention(
         raise SeqParError(
             f"--heads {sizes.heads} --kv-heads {sizes.kv_heads}: KV heads must divide query heads"
         )
-    ways = measuring.ways_of(
+    ways = ways_of(
         opt.words(schedules, "--schedules", schedule_names()),
         opt.words(token_layouts, "--token-layouts", ("contiguous", "zigzag")),
         without_overlap,
@@ -232,6 +233,7 @@ def step(
     wanted = layers or ("fit" if gpu else "all")
     if wanted == "fit" and not gpu:
         raise SeqParError("--layers fit: needs a GPU, whose memory is the limit; give a number")
+    number = 0 if wanted in ("fit", "all") else opt.number(wanted, "--layers")
     names = measuring.defaults(count, chosen)
     by_name = measuring.ways_of(count, chunks, "")
     if ways is not None:
@@ -250,8 +252,8 @@ def step(
         found = measuring.fit_layers(here.trainer, by_name, longest, limit)
         changes["num-layers"] = found.layers
         result["layers_tried"] = {str(n): tried for n, tried in sorted(found.tries.items())}
-    elif wanted != "all":
-        changes["num-layers"] = opt.numbers(wanted, "--layers")[0]
+    elif number:
+        changes["num-layers"] = number
     trainings = [here.training(length, steps, changes) for length in lengths]
     result["settings"]["layers"] = int(trainings[0].model_flags()["num-layers"])
 

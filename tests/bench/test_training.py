@@ -106,6 +106,19 @@ def test_a_run_without_memory_is_an_oom_and_one_that_takes_long_is_too_slow(
     assert described(way, outcome)["status"] == "too slow"
 
 
+@pytest.mark.slow
+def test_layers_that_fit_are_found_by_training(text: Path, tmp_path: Path) -> None:
+    """Both layers of a small model fit a large memory; the peaks are those of real runs."""
+    here = prepare(
+        "cpu", "quickstart", None, str(text), tmp_path, None, None, None, Console(quiet=True)
+    )
+    ways = step.ways_of(1, 2, here.kernel)
+    found = step.fit_layers(here.trainer, ways, here.training(256, 2, {}), 2**40)
+    assert found.layers == 2
+    assert {layers: status for layers, (status, _) in found.tries.items()} == {1: "ok", 2: "ok"}
+    assert all(peak and peak > 2**20 for _, peak in found.tries.values())
+
+
 # ---- before a run ---------------------------------------------------------------------------
 
 
@@ -190,6 +203,8 @@ def test_endings_of_runs() -> None:
 def test_refusals(tmp_path: Path) -> None:
     cpu = ("step", "--device", "cpu")
     assert "--layers fit: needs a GPU" in refused(*cpu, "--layers", "fit")
+    assert "--layers 2,3: give one number" in refused(*cpu, "--layers", "2,3")
+    assert "--layers some" in refused(*cpu, "--layers", "some")
     assert "SP=2, recompute + chunks" in refused(*cpu, "--ways", "SP=3")
     assert "--model nothing" in refused(*cpu, "--model", "nothing")
     assert "--script none.py: no such file" in refused(*cpu, "--script", "none.py")

@@ -39,7 +39,10 @@ def table(result: dict[str, Any]) -> Table:
         if last not in (None, key):
             shown.add_section()
         last = key
-        start = (str(row["ranks"]), row["kernel"], f"{row['tokens']:,}", row["way"])
+        took = (
+            f" ({row['schedule']})" if row["way"].startswith("auto") and "schedule" in row else ""
+        )
+        start = (str(row["ranks"]), row["kernel"], f"{row['tokens']:,}", row["way"] + took)
         if row["status"] != "ok":
             shown.add_row(*start, row["status"])
             continue

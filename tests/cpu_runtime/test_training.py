@@ -49,7 +49,13 @@ def test_data_parallel_distributed_optimizer_and_checkpoint(one_rank: Run, tmp_p
     assert resumed.losses[3] == pytest.approx(one_rank.losses[3], rel=1e-6)
 
 
-@pytest.mark.parametrize("tp_sp", [(), ("--sequence-parallel",)], ids=["tp", "tp-sp"])
+@pytest.mark.parametrize(
+    "tp_sp",
+    [
+        pytest.param((), id="tp", marks=pytest.mark.slow),
+        pytest.param(("--sequence-parallel",), id="tp-sp"),
+    ],
+)
 def test_replicated_parameters_stay_equal_with_dropout(tp_sp: tuple[str, ...]) -> None:
     """Without `dataloader_seed` dropout differs over TP; without the norm's mark TP-SP's gradients.
 

@@ -602,6 +602,7 @@ def test_auto_must_have_chosen(pool):
     pool.run(unchosen)
 
 
+@pytest.mark.slow
 def test_training_over_the_axis():
     """Through the real launcher, two ranks of the axis, more pieces than divide a rank's tokens."""
     axis = ("--sequence-parallel-size", "2", "--seqpar-kernel", "reference")

@@ -106,6 +106,7 @@ def test_auto_without_the_training_loop_is_refused() -> None:
         state.set_config(SeqParConfig())
 
 
+@pytest.mark.slow
 def test_a_run_with_too_little_memory_is_cut_and_trains_the_same() -> None:
     """Tensor-parallel ranks must cut alike: they communicate in every piece."""
     pytest.importorskip("megatron.training")

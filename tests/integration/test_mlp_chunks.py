@@ -500,6 +500,7 @@ def test_shared_experts_run_in_pieces(pool):
     pool.run(shared_experts)
 
 
+@pytest.mark.slow
 def test_losses_of_a_run_are_those_without_pieces():
     """Real training on two data ranks, with gradients and weights on their way meanwhile."""
     common = (

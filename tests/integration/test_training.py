@@ -44,11 +44,12 @@ def one_rank(tmp_path_factory):
 @pytest.mark.parametrize(
     ("processes", "arguments"),
     [
-        pytest.param(2, SP2, id="sp2"),
+        pytest.param(2, SP2, id="sp2", marks=pytest.mark.slow),
         pytest.param(
             4,
             (*SP2, "--use-distributed-optimizer", "--overlap-grad-reduce"),
             id="sp2-dp2-distributed-optimizer",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             3,
@@ -133,13 +134,17 @@ def test_checkpoints_go_through_stock_megatron_and_back(tmp_path, one_rank):
 @pytest.mark.parametrize(
     ("processes", "arguments", "text"),
     [
-        (2, (*SP2, "--attention-dropout", "0.1"), "--attention-dropout 0.1 with"),
+        pytest.param(
+            *(2, (*SP2, "--attention-dropout", "0.1"), "--attention-dropout 0.1 with"),
+            marks=pytest.mark.slow,
+        ),
         (2, (*SP2, "--seq-length", "95"), "nearest lengths that work: 94 or 96"),
         (2, ("--sequence-parallel-size", "3"), "multiple of 3 processes, but 2 were started"),
-        (
+        pytest.param(
             2,
             (*SP2, "--seqpar-schedule", "balanced", "--window-size", "20,0"),
             "--seqpar-schedule balanced, --seqpar-token-layout contiguous with",
+            marks=pytest.mark.slow,
         ),
         (1, ("--seqpar-kernel", "cpu", "--seqpar-softcap", "30"), "--seqpar-softcap 30.0: kernel="),
     ],

@@ -178,10 +178,11 @@ def test_an_error_of_the_scripts_own_keeps_its_traceback(tmp_path: Path) -> None
             ["--tensor-model-parallel-size", "3"],
             "world size (2) is not divisible by total_model_size",
         ),
-        (
+        pytest.param(
             2,
             ["--data-path", "/no/such/corpus"],
             ".idx and .bin files cannot be found at the path prefix /no/such/corpus",
+            marks=pytest.mark.slow,
         ),
         (
             1,

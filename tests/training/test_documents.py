@@ -58,11 +58,12 @@ def reference(setting: Setting) -> Trained:
 
 LAYOUTS = [
     pytest.param(2, "--sequence-parallel-size 2", id="sp2"),
-    pytest.param(3, "--sequence-parallel-size 3", id="sp3"),
+    pytest.param(3, "--sequence-parallel-size 3", id="sp3", marks=pytest.mark.slow),
     pytest.param(
         4,
         "--sequence-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
         id="sp2-tp2-tpsp",
+        marks=pytest.mark.slow,
     ),
     pytest.param(1, "--seqpar-kernel cpu", id="one-rank-our-attention"),
 ]
@@ -85,6 +86,7 @@ def test_documents_are_packed(
     check_same_run(run, reference, learnt=0.1)
 
 
+@pytest.mark.slow
 def test_several_samples_in_a_micro_batch(setting: Setting) -> None:
     """Each with documents of its own: in one batch with a mask a sample, or all laid end to end."""
     several = ("--micro-batch-size", "2")
@@ -95,6 +97,7 @@ def test_several_samples_in_a_micro_batch(setting: Setting) -> None:
     check_same_run(packed, reference, learnt=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--reset-attention-mask", "--reset-position-ids"])
 def test_each_flag_alone(setting: Setting, flag: str) -> None:
     alone = dataclasses.replace(
@@ -122,6 +125,7 @@ def test_hybrid_model(setting: Setting) -> None:
         check_same_run(run, reference, learnt=0.1)
 
 
+@pytest.mark.slow
 def test_stages_between_attend_inside_documents_too(setting: Setting) -> None:
     """From one checkpoint: one process, and three pipeline stages with our attention.
 
@@ -170,6 +174,7 @@ def conversations(setting: Setting) -> Setting:
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "--micro-batch-size 2", "--mtp-num-layers 1"])
 def test_conversations_are_packed(conversations: Setting, options: str) -> None:
     """Unpadded, whatever their lengths; prompts do not count, so neither do whole chunks."""

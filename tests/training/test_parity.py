@@ -22,7 +22,7 @@ pytest.importorskip("megatron.training")
 LAYOUTS = [
     pytest.param(2, "--sequence-parallel-size 2", id="sp2"),
     pytest.param(3, "--sequence-parallel-size 3", id="sp3"),
-    pytest.param(4, "--sequence-parallel-size 4", id="sp4"),
+    pytest.param(4, "--sequence-parallel-size 4", id="sp4", marks=pytest.mark.slow),
     pytest.param(
         4,
         "--sequence-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",

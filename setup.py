@@ -36,6 +36,7 @@ class BuildWithFiles(build_py):
             return
         for folder, pattern in (
             ("configs/clusters", "*.yaml"),
+            ("configs/planner", "*.yaml"),
             ("configs/models", "*.yaml"),
             ("scripts", "pretrain_gpt.py"),
         ):

@@ -11,7 +11,17 @@ import typer
 from megatron_seqpar import __version__
 from megatron_seqpar.errors import SeqParError
 
-COMMANDS = ("run", "compare", "sweep", "bench", "schedule", "trace", "prepare_data", "doctor")
+COMMANDS = (
+    "run",
+    "compare",
+    "sweep",
+    "bench",
+    "plan",
+    "schedule",
+    "trace",
+    "prepare_data",
+    "doctor",
+)
 """Modules of `megatron_seqpar.commands`, in the order that `--help` lists them.
 
 Each has a function of its own name, or a group of commands; `CONTEXT`, where there is one, holds

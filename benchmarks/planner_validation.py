@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well the planner predicts runs that it was not calibrated on: each sheet is left out once.
+
+    python -m benchmarks.planner_validation FOLDER --output benchmarks/results/planner.json
+
+FOLDER holds CSV files as `megatron-seqpar plan calibrate` reads them, one a sheet. The result has
+scores of each sheet and of all, of the planner and of the Layouts study's rule of thumb, and no
+rows. `--all` also reports the fit on all sheets at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_seqpar.commands.plan_report import overall, print_scores
+from megatron_seqpar.planner.constants_file import read_planner_cluster
+from megatron_seqpar.planner.fit import calibrate
+from megatron_seqpar.planner.runs import Run, read_runs
+from megatron_seqpar.planner.validate import Predicted, predict_runs, score_groups
+
+
+def leave_one_out(sheets: dict[str, list[Run]], cluster_name: str) -> list[Predicted]:
+    """Predictions of every sheet by constants that were fitted to the others."""
+    predicted: list[Predicted] = []
+    for name, runs in sheets.items():
+        others = [run for other, rows in sheets.items() if other != name for run in rows]
+        fitted = calibrate(read_planner_cluster(cluster_name), others, "the other sheets")
+        predicted += predict_runs(runs, fitted.cluster)
+    return predicted
+
+
+def rule_of_thumb(runs: Sequence[Run]) -> float | None:
+    """Regret of the study's rule: micro-batch 1, no recomputation, the smallest TP x PP that runs,
+    PP before TP, the best kernels."""
+    finished = [run for run in runs if run.ok]
+    if not finished:
+        return None
+    ordered = sorted(
+        finished,
+        key=lambda run: (
+            run.layout.kernel != "flash2",
+            not run.layout.fused_norm,
+            run.layout.micro_batch,
+            run.layout.recompute != "none",
+            run.layout.tp * run.layout.pp,
+            run.layout.tp,
+            not run.layout.tp_sp,
+        ),
+    )
+    return ordered[0].step_time / min(run.step_time for run in finished) - 1
+
+
+def report(predicted: list[Predicted]) -> dict[str, Any]:
+    """Scores by group and over all, and the rule of thumb's regret beside them."""
+    groups = score_groups(predicted)
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for each in predicted:
+        members.setdefault(each.run.group, []).append(each.run)
+    rules = [rule_of_thumb(runs) for runs in members.values()]
+    known = [rule for rule in rules if rule is not None]
+    regrets = [each.regret for each in groups if each.regret is not None]
+    return {
+        "groups": [
+            {**asdict(each), "rule_of_thumb_regret": rule}
+            for each, rule in zip(groups, rules, strict=True)
+        ],
+        "all": asdict(overall(predicted, groups)),
+        "worst_regret": max(regrets),
+        "rule_of_thumb_regret": {"mean": fmean(known), "worst": max(known)},
+    }
+
+
+def main() -> None:
+    """Parse the arguments, evaluate, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cluster", default="dgx-a100")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--all", action="store_true", help="also fit and score all sheets at once")
+    arguments = parser.parse_args()
+    sheets = {path.stem: read_runs([path]) for path in sorted(arguments.folder.glob("*.csv"))}
+    predicted = leave_one_out(sheets, arguments.cluster)
+    print_scores(predicted)
+    result = {"left_out": report(predicted)}
+    if arguments.all:
+        runs = [run for rows in sheets.values() for run in rows]
+        fitted = calibrate(read_planner_cluster(arguments.cluster), runs, "all sheets")
+        inside = predict_runs(runs, fitted.cluster)
+        print_scores(inside)
+        result["all_sheets"] = report(inside)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

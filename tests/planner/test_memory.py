@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes: what layers keep equals the formulas that are held to autograd, and weights add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_seqpar.memory.sizes import FULL, Activations
+from megatron_seqpar.planner import Constants, Layout
+from megatron_seqpar.planner.memory import (
+    in_flight,
+    kept_per_layer,
+    layer_moment,
+    loss_moment,
+    stage_memory,
+)
+from megatron_seqpar.planner.sizes import stage_weights
+
+from .models import LLAMA_13B, model, study
+
+CONSTANTS = Constants()
+NAMES = ("llama2-7b", "llama3-8b", "qwen3-8b")
+
+
+def activations(name: str, layout: Layout) -> Activations:
+    """The same layout as the formulas of the memory room see it."""
+    made = model(name)
+    down = made.ffn // layout.tp
+    return Activations(
+        tokens=int(layout.tokens),
+        layers=1,
+        element=2,
+        hidden=made.hidden,
+        query=made.query_heads * made.head_dim // layout.tp,
+        key_value=2 * made.kv_heads * made.head_dim // layout.tp,
+        heads=made.query_heads // layout.tp,
+        mlp_up=2 * down,
+        mlp_down=down,
+        vocabulary=made.vocab // layout.tp,
+        shared=layout.tp if layout.tp_sp else 1,
+        sums=False,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "attention-qkv", "attention-output", "full"])
+@pytest.mark.parametrize(("tp", "tp_sp", "sp"), [(1, False, 1), (4, True, 1), (2, False, 4)])
+def test_what_layers_keep_is_what_autograd_saves(
+    name: str, recompute: str, tp: int, tp_sp: bool, sp: int
+) -> None:
+    layout = Layout(8192, 64, tp=tp, sp=sp, tp_sp=tp_sp, recompute=recompute)
+    known = activations(name, layout)
+    text = FULL if recompute == "full" else recompute
+    kept = kept_per_layer(model(name), layout, CONSTANTS)
+    assert kept == pytest.approx(known.kept_per_layer(text), rel=1e-6)
+    moment = layer_moment(model(name), layout, CONSTANTS)
+    assert moment == pytest.approx(known.layer_moment(text), rel=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 8])
+def test_pieces_shrink_the_moments_as_they_do_there(pieces: int) -> None:
+    layout = Layout(8192, 64, mlp_chunks=pieces, loss_chunks=pieces)
+    known = activations("llama3-8b", layout)
+    kept = kept_per_layer(model("llama3-8b"), layout, CONSTANTS)
+    assert kept == pytest.approx(known.kept_per_layer("none", pieces), rel=1e-6)
+    loss = loss_moment(model("llama3-8b"), layout, CONSTANTS)
+    assert loss == pytest.approx(known.loss_moment(pieces), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "mixtral-8x7b", "gemma2-9b"])
+def test_the_weights_of_all_ranks_are_the_models(name: str) -> None:
+    made = model(name)
+    layout = Layout(4096, 64, tp=2, pp=2, dp=2, ep=2 if made.experts else 1)
+    held = [stage_weights(made, layout, stage) for stage in range(2)]
+    dense = 2 * sum(each.dense for each in held)
+    experts = 2 * layout.ep * sum(each.experts for each in held)
+    tied = made.vocab * made.hidden if made.tied else 0  # on the first and on the last stage
+    assert dense + experts == pytest.approx(made.parameters + tied, rel=1e-9)
+
+
+def test_in_flight_micro_batches() -> None:
+    plain = Layout(2048, 64, pp=4)
+    assert [in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(replace(plain, global_batch=2), 0) == 2
+    # interleaved: 2 x 3 + 1 x 4 + 1 chunks of half a stage
+    assert in_flight(replace(plain, vpp=2), 0) == 5.5
+    assert in_flight(replace(plain, vpp=2), 3) == 2.5
+
+
+def test_zero_stages_shard_one_component_after_the_other() -> None:
+    made, replicas = LLAMA_13B, 64
+    count = made.parameters
+    held = [
+        stage_memory(made, Layout(2048, 2048, dp=replicas, zero=zero), CONSTANTS, 0)
+        for zero in range(4)
+    ]
+    assert [each.optimizer / count for each in held] == pytest.approx([12, *[12 / replicas] * 3])
+    assert [each.gradients / count for each in held] == pytest.approx([4, 4, *[4 / replicas] * 2])
+    assert [each.weights / count for each in held] == pytest.approx([2, 2, 2, 2 / replicas])
+
+
+def test_a_plain_softmax_keeps_all_scores_and_recomputation_drops_them() -> None:
+    layout = study(64, kernel="torch")
+    flash = stage_memory(LLAMA_13B, study(64), CONSTANTS, 0)
+    plain = stage_memory(LLAMA_13B, layout, CONSTANTS, 0)
+    scores = 40 * 40 * 2048**2 * CONSTANTS.torch_kept * CONSTANTS.activation_slack
+    assert plain.activations - flash.activations == pytest.approx(scores)
+    again = stage_memory(LLAMA_13B, replace(layout, recompute="selective"), CONSTANTS, 0)
+    assert again.activations == pytest.approx(flash.activations)

@@ -19,6 +19,7 @@ tensors pass through host memory here: slow, for trying things out where ranks s
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -118,6 +119,9 @@ class _Works:
 
 
 _TRANSPORTS: dict[str, ProcessGroupTransport] = {}
+# A group that lives until the interpreter is torn down can abort the process: gloo's threads are
+# still there. At exit this is the last to hold groups that their owner destroyed.
+atexit.register(_TRANSPORTS.clear)
 
 
 def transport_of(group: dist.ProcessGroup | Transport | None) -> Transport:

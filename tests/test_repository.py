@@ -66,7 +66,16 @@ def room_of(path: Path) -> str:
 FORBIDDEN = {
     "attention": ("megatron", "memory", "planner", "integration", "launcher", "cpu_runtime"),
     "memory": ("megatron", "attention", "planner", "integration", "launcher", "cpu_runtime"),
-    "planner": ("megatron", "torch", "attention", "memory", "integration", "launcher"),
+    "planner": (
+        "megatron",
+        "torch",
+        "attention",
+        "memory",
+        "integration",
+        "launcher",
+        "cpu_runtime",
+        "commands",
+    ),
     "simulate": (
         "megatron",
         "torch",

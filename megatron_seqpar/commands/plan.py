@@ -139,6 +139,32 @@ def validate(
             typer.echo(f"written to {predictions}")
 
 
+@plan.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="lightseq: DISTFLASHATTN's comparisons.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw how both scale to 1,024 GPUs (.png, .svg).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Simulate a published comparison, and what this project would do there and elsewhere."""
+    if study != "lightseq":
+        raise SeqParError(f"plan reproduce {study}: unknown; use lightseq")
+    from megatron_seqpar.planner.constants_file import read_planner_cluster
+
+    from .plan_reproduce import draw_scaling, lightseq_as_dict, print_lightseq
+
+    cluster = read_planner_cluster("lightseq")
+    if plot is not None:
+        draw_scaling(cluster, plot)
+    if as_json:
+        typer.echo(json.dumps(lightseq_as_dict(cluster)))
+    else:
+        print_lightseq(cluster)
+    if plot is not None:
+        typer.echo(f"drawn in {plot}", err=as_json)
+
+
 def _ranks(cluster: Cluster, nodes: int | None, gpus: int | None) -> int:
     if nodes is not None and gpus is not None:
         raise SeqParError(f"--nodes {nodes} with --gpus {gpus}: give one of them")

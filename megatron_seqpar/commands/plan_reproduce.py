@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_seqpar.mfu import model_flops, utilization
 from megatron_seqpar.planner import Cluster
 from megatron_seqpar.planner.constants_file import read_planner_cluster
-from megatron_seqpar.planner.lightseq import Simulated, anchors, simulate_cell, table
+from megatron_seqpar.planner.lightseq import Simulated, anchors, named_model, simulate_cell, table
 from megatron_seqpar.planner.lightseq_cells import Method
 
 from .plan_report import console, provenance
@@ -89,13 +90,13 @@ def lightseq_as_dict(cluster: Cluster) -> dict[str, Any]:
                 "predicted_s": each.time.total,
                 "published_s": each.published,
             }
-            for each in [*table(cluster), *(a for a in anchors(cluster))]
+            for each in table(cluster)
         ]
     }
 
 
 def draw_scaling(cluster: Cluster, path: Path) -> None:
-    """Tokens a second and GPU over ranks to 1,024, with 32K tokens a rank."""
+    """Causal MFU over ranks of the SP axis to 1,024, with 32K tokens each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,17 +104,22 @@ def draw_scaling(cluster: Cluster, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     counts = [2**power for power in range(3, 11)]
-    for described in (cluster, *(read_planner_cluster(name) for name in _OTHERS)):
+    model = named_model("llama2-7b")
+    colours = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+    described = [cluster, *(read_planner_cluster(name) for name in _OTHERS)]
+    for machine, colour in zip(described, colours, strict=True):
         for method, style in ((Method.DISTFLASHATTN, ":"), (Method.OURS, "-")):
             shares = []
             for ranks in counts:
-                time = simulate_cell(described, "llama2-7b", ranks, 32 * ranks, method)
-                shares.append(1 - time.sp / time.total)
-            axes.plot(counts, shares, style, marker=".", label=f"{described.name}, {method.value}")
+                seconds = simulate_cell(machine, "llama2-7b", ranks, 32 * ranks, method).total
+                flops = model_flops(model, 32 * 1024 * ranks, causal=True)
+                shares.append(100 * utilization(flops, seconds, ranks, machine.peak))
+            label = f"{machine.name}, {method.value}"
+            axes.plot(counts, shares, style, color=colour, marker=".", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("GPUs of the SP axis, 32K tokens each")
-    axes.set_ylabel("share of the step not waiting for transfers")
-    axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=7)
+    axes.set_ylabel("causal MFU %, predicted")
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

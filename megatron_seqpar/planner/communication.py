@@ -88,6 +88,8 @@ def _reduction(cluster: Cluster, layout: Layout, weights: float, replicas: int) 
         return 0.0
     there = layout.gradient_bytes
     back = _ELEMENT if layout.zero else layout.gradient_bytes
+    if layout.zero >= 3:
+        back = 0  # weights stay sharded
     size = weights * (there + back) * (replicas - 1) / replicas
     return size / _data_rate(cluster, layout, replicas)
 

@@ -3,6 +3,7 @@
 
     cluster: dgx-a100            the description of peak, links and attention kernel
     memory_gib: {value: 79.1, basis: published, source: ...}
+    adapters: {value: 8, ...}    network adapters of a node, in place of the description's
     like: dgx-a100               constants of another file, as assumptions here
     constants:
       gemm_share: {value: 0.81, basis: calibrated, source: ...}
@@ -14,13 +15,14 @@ knows what a rank of it can hold.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import ClusterError
-from ..simulate import load_cluster
+from ..simulate import cluster_names, load_cluster
 from ..simulate.cluster import Basis as MachineBasis
 from ..simulate.cluster import Figure
 from .constants import Basis, Constants
@@ -86,7 +88,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(content: Mapping[str, Any], path: Path) -> Cluster:
-    unknown = set(content) - {"cluster", "memory_gib", "like", "constants"}
+    unknown = set(content) - {"cluster", "memory_gib", "adapters", "like", "constants"}
     if unknown:
         raise ClusterError(f"cluster file {path}: unknown field {sorted(unknown)[0]}")
     values: dict[str, float] = {}
@@ -105,8 +107,13 @@ def _parse(content: Mapping[str, Any], path: Path) -> Cluster:
     memory, origin = _entry(content.get("memory_gib"), f"{path}: memory_gib")
     machine = str(content["cluster"])
     beside = path.parent / machine
+    described = load_cluster(beside if beside.suffix in (".yaml", ".yml") else machine)
+    if "adapters" in content:
+        count, source = _entry(content["adapters"], f"{path}: adapters")
+        figure = Figure(count, _machine_basis(source.basis), source.source)
+        described = replace(described, adapters=figure)
     return Cluster(
-        machine=load_cluster(beside if beside.suffix in (".yaml", ".yml") else machine),
+        machine=described,
         capacity=Figure(memory * _GIB, _machine_basis(origin.basis), origin.source),
         constants=Constants().changed(values),
         origins=origins,
@@ -146,15 +153,22 @@ def save_planner_cluster(cluster: Cluster, path: Path, comment: str = "") -> Non
         for name in Constants.names()
         if name in cluster.origins
     }
-    content = {
+    content: dict[str, Any] = {
         "cluster": cluster.name,
         "memory_gib": {
             "value": float(f"{cluster.capacity.value / _GIB:.5g}"),
             "basis": cluster.capacity.basis.value,
             "source": cluster.capacity.source,
         },
-        "constants": constants,
     }
+    adapters = cluster.machine.adapters
+    if cluster.name in cluster_names() and adapters != load_cluster(cluster.name).adapters:
+        content["adapters"] = {
+            "value": adapters.value,
+            "basis": adapters.basis.value,
+            "source": adapters.source,
+        }
+    content["constants"] = constants
     text = "# SPDX-License-Identifier: Apache-2.0\n"
     text += "".join(f"# {line}\n" for line in comment.splitlines())
     text += yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)

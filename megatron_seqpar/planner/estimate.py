@@ -138,7 +138,10 @@ def step_time(model: Model, cluster: Cluster, layout: Layout) -> StepTime:
         handover += constants.pp_overhead * slowest
     whole = communication.data_time(model, cluster, layout)
     exposed = whole
-    if layout.overlap_dp:
+    if layout.overlap_dp and layout.zero >= 3:
+        # layer by layer, beside computing of every micro-batch
+        exposed = max(constants.dp_exposed * whole, whole - count * slowest)
+    elif layout.overlap_dp:
         # all but the last micro-batch's backward has nothing to reduce yet
         exposed = max(constants.dp_exposed * whole, whole - slowest * 2 / 3)
     return StepTime(

@@ -49,9 +49,9 @@ def calibrate(cluster: Cluster, runs: Sequence[Run], source: str, fixed: Sequenc
     values: dict[str, float] = {}
     if timed:
         names = [name for name in _used(timed) if name not in fixed]
-        values |= _solve(cluster, names, lambda made: _time_residuals(made, timed))
+        values |= solve(cluster, names, lambda made: _time_residuals(made, timed))
     names = [name for name in Constants.names("memory") if name not in fixed]
-    values |= _solve(cluster, names, lambda made: _memory_residuals(made, decided))
+    values |= solve(cluster, names, lambda made: _memory_residuals(made, decided))
     origins = {**cluster.origins, **dict.fromkeys(values, origin)}
     fitted = replace(cluster, constants=cluster.constants.changed(values), origins=origins)
     return Fit(fitted, len(timed), len(decided))
@@ -98,15 +98,23 @@ def _memory_residuals(cluster: Cluster, runs: Sequence[Run]) -> list[float]:
     return residuals
 
 
-def _solve(
-    cluster: Cluster, names: Sequence[str], residuals: Callable[[Cluster], list[float]]
+def solve(
+    cluster: Cluster,
+    names: Sequence[str],
+    residuals: Callable[[Cluster], list[float]],
+    spreads_of: Mapping[str, float] | None = None,
 ) -> Mapping[str, float]:
-    """Levenberg-Marquardt from the priors; values by name."""
+    """Values of the constants `names` with the least sum of squares, from their priors.
+
+    `residuals` are those of the runs under a cluster with tried constants; `spreads_of` replaces
+    spreads of priors. By Levenberg and Marquardt's method.
+    """
     import numpy as np
 
     priors = [prior_of(name) for name in names]
     start = np.log([value for value, _ in priors])
-    spreads = np.array([spread for _, spread in priors])
+    wider = spreads_of or {}
+    spreads = np.array([wider.get(name, prior_of(name)[1]) for name in names])
 
     def vector(logs: Any) -> Any:
         values = {name: float(v) for name, v in zip(names, np.exp(logs), strict=True)}

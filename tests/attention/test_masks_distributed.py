@@ -46,7 +46,7 @@ MASKS: dict[str, Mask] = {
         [((0, 20), (0, 20), "causal"), ((20, 46), (5, 30), "full"), ((20, 46), (30, 46), "inverse")]
     ),
 }
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+SIZES = (1, 2, 3, 4, 5, 6, *(pytest.param(p, marks=pytest.mark.slow) for p in (7, 8, 16)))
 HEADS = [pytest.param(4, kv, id=name) for kv, name in ((4, "mha"), (2, "gqa"), (1, "mqa"))]
 
 

@@ -390,9 +390,12 @@ def _random_problem(pick: random.Random) -> dict:
     }
 
 
-def test_thousands_of_random_schedules_are_proved() -> None:
-    pick = random.Random(2310_03294)
-    for _ in range(2_000):
+@pytest.mark.parametrize(
+    ("seed", "count"), [(2310, 400), pytest.param(3294, 2_000, marks=pytest.mark.slow)]
+)
+def test_random_schedules_are_proved(seed: int, count: int) -> None:
+    pick = random.Random(seed)
+    for _ in range(count):
         problem = _random_problem(pick)
         try:
             _prove(build_schedule(**problem))

@@ -34,6 +34,7 @@ class Layout:
         kernel: flash2 (FlashAttention 2 or what the cluster has), flash1, fused (softmax kernel
             that keeps s x s scores) or torch.
         fused_norm: norms are single kernels.
+        element: bytes of an activation and a weight: 2 in bfloat16, 4 in fp32.
         gradient_bytes: bytes of a gradient; 4 in Megatron, 2 where they stay bfloat16.
         parallel_loss: logits stay split over tensor-parallel ranks.
         fused_loss: no more than 8 bytes a logit at once; Megatron's cross entropy.
@@ -60,6 +61,7 @@ class Layout:
     schedule: str = "balanced"
     kernel: str = "flash2"
     fused_norm: bool = True
+    element: int = 2
     gradient_bytes: int = 4
     parallel_loss: bool = True
     fused_loss: bool = True

@@ -14,8 +14,7 @@ from .constants import Constants
 from .layout import Layout
 from .sizes import Widths, layer_weights, stage_weights
 
-_ELEMENT = 2  # bytes of a bfloat16 activation or weight
-_OPTIMIZER = 12  # fp32 weight and Adam's two moments
+_OPTIMIZER = {2: 12, 4: 8}  # Adam's two moments, and the fp32 weight where it is not the weight
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 def kept_per_layer(model: Model, layout: Layout, constants: Constants) -> float:
     """Bytes that a layer keeps from forward to backward for one micro-batch."""
-    per_token = _ELEMENT * _kept_elements(Widths.of(model, layout), layout, model, constants)
+    per_token = layout.element * _kept_elements(Widths.of(model, layout), layout, model, constants)
     if layout.recompute in ("none", "selective", "mlp") and not layout.fused_norm:
         per_token += constants.norm_kept * Widths.of(model, layout).residual
     scores = 0.0
@@ -70,7 +69,7 @@ def kept_per_layer(model: Model, layout: Layout, constants: Constants) -> float:
 
 def _kept_elements(widths: Widths, layout: Layout, model: Model, constants: Constants) -> float:
     """Elements per token, without scores and unfused norms."""
-    statistics = 2 * widths.heads  # log-sum-exp in fp32
+    statistics = 4 / layout.element * widths.heads  # log-sum-exp in fp32
     if layout.recompute == "full":
         return widths.residual
     if layout.recompute == "attention-output":
@@ -85,7 +84,8 @@ def _kept_elements(widths: Widths, layout: Layout, model: Model, constants: Cons
 
 def _attention_half(widths: Widths, layout: Layout, constants: Constants) -> float:
     """Elements per token that a layer keeps beside its MLP's, when nothing runs again."""
-    kept = 4 * widths.residual + widths.query + widths.key_value + widths.output + 2 * widths.heads
+    kept = 4 * widths.residual + widths.query + widths.key_value + widths.output
+    kept += 4 / layout.element * widths.heads  # log-sum-exp in fp32
     if not layout.plain_layers:
         # the product of queries, keys and values stays whole beside the rotated queries and keys
         return kept + widths.query + widths.key_value / 2
@@ -130,23 +130,28 @@ def layer_moment(model: Model, layout: Layout, constants: Constants) -> float:
         again = _attention_half(widths, layout, constants)
         again -= _kept_elements(widths, layout, model, constants)
         if not layout.fused_norm:
-            again += constants.norm_kept / _ELEMENT * widths.residual
+            again += constants.norm_kept / layout.element * widths.residual
     mlp = (widths.up + widths.down) / pieces
     if layout.recompute not in ("none", "selective") or layout.mlp_chunks:
         mlp += mlp_kept(widths, model) / pieces
     # gradients of q, k and v, summed in fp32 and then handed on in the activations' dtype
-    attention = 3 * (widths.query + widths.key_value) + widths.output
+    attention = (1 + 4 / layout.element) * (widths.query + widths.key_value) + widths.output
     elements = again + 2 * widths.residual + max(mlp, attention)
-    return layout.tokens * _ELEMENT * elements + scores
+    return layout.tokens * layout.element * elements + scores
 
 
 def loss_moment(model: Model, layout: Layout, constants: Constants) -> float:
     """Bytes of logits, softmax and their gradients at the fullest."""
     logits = layout.tokens * model.vocab / (layout.tp if layout.parallel_loss else 1)
-    each = 8.0 if layout.fused_loss else constants.logit_bytes
+    # logits and gradients in the activations' dtype, the softmax in fp32; fp32 logits become it
+    each = 4.0 if layout.element == 4 else 8.0
+    if not layout.fused_loss:
+        each = constants.logit_bytes
     if layout.tp > 1 and not layout.parallel_loss:
         each += constants.gather_bytes
-    return logits * each / max(1, layout.loss_chunks) + layout.tokens * model.hidden * _ELEMENT
+    return (
+        logits * each / max(1, layout.loss_chunks) + layout.tokens * model.hidden * layout.element
+    )
 
 
 def stage_memory(model: Model, layout: Layout, constants: Constants, stage: int) -> Memory:
@@ -162,7 +167,7 @@ def stage_memory(model: Model, layout: Layout, constants: Constants, stage: int)
 
     gathered = 0.0
     if zero >= 3:  # two layers' weights are whole at a time
-        gathered = 2 * _ELEMENT * layer_weights(model, layout).total
+        gathered = 2 * layout.element * layer_weights(model, layout).total
     if zero >= 2:
         gathered += 2 * layout.gradient_bytes * layer_weights(model, layout).total
     layers = layout.stage_layers(model.layers)[stage]
@@ -174,9 +179,9 @@ def stage_memory(model: Model, layout: Layout, constants: Constants, stage: int)
     if stage == layout.pp - 1:
         moment = max(moment, loss_moment(model, layout, constants))
     return Memory(
-        weights=held(_ELEMENT, zero >= 3),
+        weights=held(layout.element, zero >= 3),
         gradients=held(layout.gradient_bytes, zero >= 2),
-        optimizer=held(_OPTIMIZER, zero >= 1),
+        optimizer=held(_OPTIMIZER[layout.element], zero >= 1),
         activations=kept * constants.activation_slack,
         moment=(moment + gathered) * constants.activation_slack,
         context=constants.context_bytes,

@@ -4,15 +4,16 @@
 Columns, those with a star needed:
 
     layers* hidden* heads* ffn* seq_len* global_batch* world_size* tp* pp* micro_batch* status*
-    model vocab kv_heads act_ckpt kernel seq_parallel step_time_s sp schedule recompute zero vpp
-    gradient_bytes
+    model vocab kv_heads head_dim act_ckpt kernel seq_parallel step_time_s sp cp ep schedule
+    recompute zero vpp mlp_chunks loss_chunks gradient_bytes dtype
 
 `status` is ok, oom or anything else, which takes part in no comparison. `kernel` names the
 attention kernel (torch, fused, flash_attention..., flash_attention2), with "+ RMS kernel" where
 norms are fused. `act_ckpt` is none or every_layer, and `recompute`, where it is given, takes its
-place. Defaults are those of the runs of the Layouts study (arXiv 2311.05610): a gated MLP, a
-vocabulary of 128,000 with two matrices, ZeRO 1 with bfloat16 gradients that are reduced after
-backward, and a loss over gathered fp32 logits.
+place. Rows with a column `loss_chunks` come from `megatron-seqpar sweep`: Megatron's layers, norms,
+loss and fp32 gradients. Other rows are taken as those of the Layouts study (arXiv 2311.05610): a
+vocabulary of 128,000, ZeRO 1 with bfloat16 gradients, and a loss over gathered fp32 logits. In both
+MLPs are gated, the embedding is a matrix of its own, and gradients are reduced after backward.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from pathlib import Path
 
 from ..errors import SeqParError
 from ..mfu import Model, model_from_flags
-from .layout import Layout, impossible
+from .layout import SCHEDULES, Layout, impossible
 
 _VOCAB = 128_000
+_OURS = ("flash3", "flash4", "cudnn", "aten", "cpu")
+"""Kernels of this project that keep no scores."""
 _CHECKPOINTING = {"none": "none", "disabled": "none", "": "none", "every_layer": "full"}
 
 
@@ -123,6 +126,11 @@ class _Cells:
         except ValueError:
             raise SeqParError(f"column {name}: {text!r} is no number") from None
 
+    def pieces(self, name: str) -> int:
+        """Of an MLP or a loss: 0 for off, and for auto, whose choice the row does not say."""
+        text = self.text(name, "off")
+        return int(text) if text.isdecimal() else 0
+
 
 def _model(get: _Cells) -> Model:
     heads = get.number("heads")
@@ -134,6 +142,7 @@ def _model(get: _Cells) -> Model:
         "group-query-attention": True,
         "ffn-hidden-size": get.number("ffn"),
         "vocab-size": get.number("vocab", _VOCAB),
+        "kv-channels": get.number("head_dim", get.number("hidden") // heads),
         "swiglu": True,
         "untie-embeddings-and-output-weights": True,
     }
@@ -144,41 +153,58 @@ def _layout(get: _Cells) -> Layout:
     kernel = get.text("kernel", "flash_attention2 + RMS kernel")
     checkpointing = get.text("act_ckpt", "none")
     recompute = get.text("recompute", _CHECKPOINTING.get(checkpointing, "full"))
-    tp, pp, sp = get.number("tp"), get.number("pp"), get.number("sp", 1)
+    tp, pp = get.number("tp"), get.number("pp")
+    sp, cp = get.number("sp", 1), get.number("cp", 1)
+    ours = "loss_chunks" in get.row
+    element = 4 if get.text("dtype", "bfloat16") in ("float32", "fp32") else 2
     return Layout(
         sequence_length=get.number("seq_len"),
         global_batch=get.number("global_batch"),
         tp=tp,
-        sp=sp,
+        sp=sp * cp,
         pp=pp,
-        dp=max(1, get.number("world_size") // (tp * pp * sp)),
+        dp=max(1, get.number("world_size") // (tp * pp * sp * cp)),
+        ep=get.number("ep", 1),
         vpp=get.number("vpp", 1),
         micro_batch=get.number("micro_batch"),
         zero=get.number("zero", 1),
         recompute=recompute,
+        mlp_chunks=get.pieces("mlp_chunks"),
+        loss_chunks=get.pieces("loss_chunks"),
         tp_sp=get.text("seq_parallel", "False").lower() in ("true", "1", "yes"),
-        schedule=get.text("schedule", "balanced"),
+        schedule=_schedule(get.text("schedule", "balanced"), cp),
         kernel=_kernel(kernel),
-        fused_norm="rms" in kernel.lower(),
-        gradient_bytes=get.number("gradient_bytes", 2),
-        parallel_loss=False,
-        fused_loss=False,
-        plain_layers=True,
+        fused_norm=ours or "rms" in kernel.lower(),
+        element=element,
+        gradient_bytes=get.number("gradient_bytes", 4 if ours else 2),
+        parallel_loss=ours,
+        fused_loss=ours,
+        plain_layers=not ours,
         overlap_dp=False,
         uneven=True,
     )
 
 
+def _schedule(name: str, cp: int) -> str:
+    """The schedule to predict with: stock context parallelism is zigzag, and one of two levels is
+    taken as its outer one."""
+    if cp > 1:
+        return "zigzag"
+    outer = name.rpartition("+")[2]
+    return outer if outer in SCHEDULES else "balanced"
+
+
 def _kernel(name: str) -> str:
     """Of the names that occur in runs."""
     known = name.lower().replace(" ", "")
-    if known.startswith(("flash_attention2", "flash2")):
+    if known.startswith(("flash_attention2", "flash2", "stock", "auto")) or known in _OURS:
         return "flash2"
     if known.startswith(("flash_attention", "flash1")):
         return "flash1"
-    for plain in ("torch", "fused"):
-        if known.startswith(plain):
-            return plain
+    if known.startswith(("torch", "unfused", "reference")):
+        return "torch"
+    if known.startswith("fused"):
+        return "fused"
     raise SeqParError(
         f"column kernel: {name!r}: use torch, fused, flash_attention or flash_attention2, "
         "each with '+ RMS kernel' where norms are fused"

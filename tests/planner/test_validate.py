@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_seqpar.attention.kernels import names
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.planner.runs import Run, read_runs, run_of
 from megatron_seqpar.planner.validate import (
@@ -134,3 +135,30 @@ def test_a_wrong_column_is_named(changes: dict[str, str], text: str) -> None:
 def test_kernels_of_the_sheets(kernel: str, name: str, fused: bool) -> None:
     layout = run("ok", 1.0, kernel=kernel).layout
     assert (layout.kernel, layout.fused_norm) == (name, fused)
+
+
+def test_rows_of_a_sweep_are_megatrons() -> None:
+    """They have a column `loss_chunks`; what the study's rows lack is read."""
+    row = {
+        **ROW, "kernel": "stock", "sp": "2", "cp": "1", "ep": "1", "vpp": "1", "dp": "16",
+        "schedule": "ulysses+zigzag", "recompute": "attention-output", "zero": "1",
+        "mlp_chunks": "off", "loss_chunks": "8", "kv_heads": "8", "head_dim": "128",
+        "vocab": "32000", "dtype": "bfloat16",
+    }  # fmt: skip
+    layout = run_of(row).layout
+    assert (layout.sp, layout.dp, layout.schedule) == (2, 16, "zigzag")
+    assert (layout.recompute, layout.loss_chunks, layout.mlp_chunks) == ("attention-output", 8, 0)
+    assert layout.parallel_loss
+    assert layout.fused_loss
+    assert not layout.plain_layers
+    assert layout.gradient_bytes == 4
+    assert layout.fused_norm
+    assert run_of({**row, "sp": "1", "cp": "2", "schedule": ""}).layout.schedule == "zigzag"
+    assert run_of({**row, "kernel": "unfused", "dtype": "float32"}).layout.kernel == "torch"
+    assert predict_runs([run_of({**row, "loss_chunks": "auto"})], cluster())[0].time is not None
+
+
+def test_every_kernel_of_this_project_is_known() -> None:
+    for name in names():
+        kernel = run("ok", 1.0, kernel=name).layout.kernel
+        assert kernel == ("torch" if name == "reference" else "flash2"), name

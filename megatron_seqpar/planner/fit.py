@@ -38,8 +38,14 @@ class Fit:
 def calibrate(cluster: Cluster, runs: Sequence[Run], source: str, fixed: Sequence[str] = ()) -> Fit:
     """Fit the constants of `cluster` to `runs`; `fixed` ones keep their values.
 
-    Raises SeqParError when no run is of use.
+    Where the cluster's file assumes a value, that is the centre of the prior; values that were
+    calibrated before are forgotten. Raises SeqParError when no run is of use.
     """
+    centres = {
+        name: getattr(cluster.constants, name)
+        for name, origin in cluster.origins.items()
+        if origin.basis is not Basis.CALIBRATED
+    }
     usable = [run for run in runs if run.problem is None]
     timed = [run for run in usable if run.ok]
     decided = [run for run in usable if run.decided]
@@ -49,9 +55,9 @@ def calibrate(cluster: Cluster, runs: Sequence[Run], source: str, fixed: Sequenc
     values: dict[str, float] = {}
     if timed:
         names = [name for name in _used(timed) if name not in fixed]
-        values |= solve(cluster, names, lambda made: _time_residuals(made, timed))
+        values |= solve(cluster, names, lambda made: _time_residuals(made, timed), centres=centres)
     names = [name for name in Constants.names("memory") if name not in fixed]
-    values |= solve(cluster, names, lambda made: _memory_residuals(made, decided))
+    values |= solve(cluster, names, lambda made: _memory_residuals(made, decided), centres=centres)
     origins = {**cluster.origins, **dict.fromkeys(values, origin)}
     fitted = replace(cluster, constants=cluster.constants.changed(values), origins=origins)
     return Fit(fitted, len(timed), len(decided))
@@ -103,16 +109,17 @@ def solve(
     names: Sequence[str],
     residuals: Callable[[Cluster], list[float]],
     spreads_of: Mapping[str, float] | None = None,
+    centres: Mapping[str, float] | None = None,
 ) -> Mapping[str, float]:
     """Values of the constants `names` with the least sum of squares, from their priors.
 
-    `residuals` are those of the runs under a cluster with tried constants; `spreads_of` replaces
-    spreads of priors. By Levenberg and Marquardt's method.
+    `residuals` are those of the runs under a cluster with tried constants; `spreads_of` and
+    `centres` replace spreads and values of priors. By Levenberg and Marquardt's method.
     """
     import numpy as np
 
-    priors = [prior_of(name) for name in names]
-    start = np.log([value for value, _ in priors])
+    known = centres or {}
+    start = np.log([known.get(name, prior_of(name)[0]) for name in names])
     wider = spreads_of or {}
     spreads = np.array([wider.get(name, prior_of(name)[1]) for name in names])
 

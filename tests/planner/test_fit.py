@@ -79,6 +79,19 @@ def test_three_rows_already_help_and_do_not_run_away() -> None:
         assert value / (1 + 4 * spread) < getattr(fitted.constants, name) < value * (1 + 4 * spread)
 
 
+def test_assumed_values_of_the_file_are_the_priors_of_a_calibration() -> None:
+    """What was calibrated before is not, or the same rows would count twice."""
+    hopper = cluster("dgx-h100")
+    runs = [run for run in made_up(truth()) if run.ok and run.layout.tp == 1][:1]
+    fitted = calibrate(hopper, runs, "one")
+    assert fitted.cluster.constants.wide_traffic == pytest.approx(
+        hopper.constants.wide_traffic, rel=0.2
+    )
+    again = calibrate(fitted.cluster, runs, "one").cluster
+    fresh = calibrate(replace(fitted.cluster, origins={}), runs, "one").cluster
+    assert again.constants.wide_traffic == pytest.approx(fresh.constants.wide_traffic, rel=1e-6)
+
+
 def test_no_row_of_use_is_an_error() -> None:
     with pytest.raises(SeqParError, match="no row with status ok or oom"):
         calibrate(cluster(), [run_of({**ROW, "status": "other_error"})], "nothing")

@@ -111,12 +111,16 @@ def _memory(best: Estimate) -> Table:
 
 
 def why_slower(best: Estimate, other: Estimate) -> str:
-    """The parts in which a layout loses most against the best one."""
+    """The parts in which a layout loses most against the first one."""
     first, second = asdict(best.time), asdict(other.time)
     loss = other.step_time - best.step_time
     worse = sorted(((second[name] - first[name], name) for name in first), reverse=True)
     parts = [f"{name} +{more:.2f} s" for more, name in worse[:2] if more > 0.05 * loss]
     percent = 100 * loss / best.step_time
+    if loss <= 0:
+        return (
+            f"{-percent:.1f}% faster, too little to tell, with more ranks or a larger micro-batch"
+        )
     return f"{percent:.1f}% slower" + (f": {', '.join(parts)}" if parts else "")
 
 
@@ -124,7 +128,8 @@ def lacks(near: Estimate) -> str:
     """By how much a layout does not fit, and what takes most."""
     memory = max(near.memory.values(), key=lambda each: each.total)
     name, size = max(memory.parts().items(), key=lambda item: item[1])
-    return f"{-near.margin / _GIB:.1f} GiB too much, {size / _GIB:.1f} GiB of {name}"
+    most = "what comes and goes (moment)" if name == "moment" else name
+    return f"{-near.margin / _GIB:.2f} GiB too much; most is {most}, {size / _GIB:.1f} GiB"
 
 
 def provenance(cluster: Cluster) -> str:

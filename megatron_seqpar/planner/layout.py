@@ -123,6 +123,10 @@ def impossible(model: Model, layout: Layout) -> str | None:
         return f"sp={layout.sp} does not divide {layout.sequence_length} tokens"
     if layout.tp_sp and layout.tp > 1 and layout.sequence_length // layout.sp % layout.tp:
         return f"TP-SP: tp={layout.tp} does not divide {layout.sequence_length // layout.sp} tokens"
+    if model.experts and layout.tp > 1 and not layout.tp_sp and not layout.plain_layers:
+        return f"tp={layout.tp} with experts needs TP-SP"
+    if layout.mlp_chunks and model.moe_layers == model.layers:
+        return "pieces of MLPs: every layer is a mixture of experts, which are not cut"
     if layout.zero >= 2:
         own = layout.recompute not in ("none", "full", "selective")
         if own or layout.sp > 1 or layout.mlp_chunks or layout.loss_chunks:

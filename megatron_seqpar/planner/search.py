@@ -30,10 +30,13 @@ _SAVINGS = (
     ("none", 0, 0),
     ("none", 0, _PIECES),
     ("mlp", 0, 0),
+    ("mlp", 0, _PIECES),
     ("mlp", _PIECES, _PIECES),
     ("attention-qkv", 0, 0),
+    ("attention-qkv", 0, _PIECES),
     ("attention-qkv", _PIECES, _PIECES),
     ("attention-output", 0, 0),
+    ("attention-output", 0, _PIECES),
     ("attention-output", _PIECES, _PIECES),
     ("full", 0, 0),
 )

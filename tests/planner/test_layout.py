@@ -22,6 +22,8 @@ from .models import cluster, model
         ("llama3-8b", {"sp": 3}, "sp=3 does not divide 8192 tokens"),
         ("llama3-8b", {"ep": 2, "dp": 2}, "the model has no experts"),
         ("mixtral-8x7b", {"ep": 3, "dp": 3, "global_batch": 66}, "ep=3 does not divide 8 experts"),
+        ("mixtral-8x7b", {"tp": 2}, "tp=2 with experts needs TP-SP"),
+        ("mixtral-8x7b", {"mlp_chunks": 4}, "every layer is a mixture of experts"),
         ("llama3-8b", {"zero": 3, "sp": 2}, "Megatron FSDP"),
         ("llama3-8b", {"recompute": "some"}, "recompute=some: use one of none"),
         ("llama3-8b", {"dp": 0}, "dp=0: use 1 or more"),

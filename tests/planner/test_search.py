@@ -45,6 +45,9 @@ def test_experts_are_spread() -> None:
         model("mixtral-8x7b"), cluster("dgx-h100"), ranks=64, sequence_length=8192, global_batch=512
     )
     assert found.fitting[0].layout.ep > 1
+    # what Megatron and this project refuse with experts is not proposed
+    assert not any(each.layout.mlp_chunks for each in found.fitting)
+    assert all(each.layout.tp_sp or each.layout.tp == 1 for each in found.fitting)
 
 
 def test_heads_that_tensor_parallelism_cannot_share_are_named() -> None:

@@ -29,8 +29,8 @@ _CLUSTER = "A name in configs/planner or such a file."
 def search_layouts(
     context: typer.Context,
     model: Annotated[
-        Path | None,
-        typer.Option(help="Megatron's flags as YAML (configs/models) or an HF config.json."),
+        str | None,
+        typer.Option(help="A name in configs/models, a file of such flags, or an HF config.json."),
     ] = None,
     cluster: Annotated[str, typer.Option(help=_CLUSTER)] = "dgx-h100",
     seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 8192,
@@ -58,11 +58,12 @@ def search_layouts(
         raise typer.Exit(2)
     from megatron_seqpar.planner.constants_file import read_planner_cluster
     from megatron_seqpar.planner.model_file import read_model
+    from megatron_seqpar.shipped import model_file
     from megatron_seqpar.planner.search import search
 
     from .plan_report import as_dict, print_found
 
-    flags, sizes = read_model(model)
+    flags, sizes = read_model(model_file(model))
     described = read_planner_cluster(cluster)
     ranks = _ranks(described, nodes, gpus)
     batch = _sequences(global_batch_tokens, seq_length)

@@ -58,8 +58,8 @@ def search_layouts(
         raise typer.Exit(2)
     from megatron_seqpar.planner.constants_file import read_planner_cluster
     from megatron_seqpar.planner.model_file import read_model
-    from megatron_seqpar.shipped import model_file
     from megatron_seqpar.planner.search import search
+    from megatron_seqpar.shipped import model_file
 
     from .plan_report import as_dict, print_found
 

@@ -64,7 +64,9 @@ def batch_script(job: Job, slurm: Slurm, folder: Path) -> str:
     ]
     if multi:  # the task's own node number is known only where the task runs
         lines += [
-            'SEQPAR_MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+            # no pipe: one whose reader leaves early fails under pipefail
+            'SEQPAR_MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
+            "SEQPAR_MASTER=\"${SEQPAR_MASTER%%$'\\n'*}\"",
             'SEQPAR_PORT="$((20000 + SLURM_JOB_ID % 20000))"',
             "export SEQPAR_MASTER SEQPAR_PORT",
         ]

@@ -74,10 +74,11 @@ class Job:
         return [*words, str(self.script), *self.arguments, "--seqpar-report", str(report)]
 
     def shell(self) -> str:
-        """The command as a user would type it, without folders of this machine's Python."""
+        """The command as a user would type it here: without folders of this machine."""
+        here = str(Path.cwd())
         words = self.command("report.json")
         words[words.index(sys.executable)] = "python"
-        return shlex.join(words)
+        return shlex.join(word.replace(here + "/", "") for word in words)
 
     def key(self, data: str) -> str:
         """A hash of what decides the run's numbers: command, limits, versions, code and `data`."""

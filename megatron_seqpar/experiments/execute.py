@@ -106,8 +106,10 @@ def outcome_of(status: int, report: Path, lines: Iterable[str], steps_seen: int)
         why = "ended without a report: did it train a step?"
         return Outcome("error", why, steps_seen=steps_seen)
     last = list(lines)[-TAIL_LINES:]
-    kind: Status = "oom" if _OUT_OF_MEMORY.search("\n".join(last)) else "error"
-    return Outcome(kind, reason(last), steps_seen=steps_seen)
+    full = next((line for line in last if _OUT_OF_MEMORY.search(line)), None)
+    if full is not None:  # the line that says so, not the traceback around it
+        return Outcome("oom", full.strip(), steps_seen=steps_seen)
+    return Outcome("error", reason(last), steps_seen=steps_seen)
 
 
 def reason(tail: Iterable[str]) -> str:

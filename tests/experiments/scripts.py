@@ -38,7 +38,7 @@ report = {
     "device": {"kind": "cpu", "name": "CPU", "backend": "gloo", "threads": 1},
     "versions": {"torch": "2.11.0"},
     "model": {"dtype": "float32"},
-    "plugin": {},
+    "plugin": {"seqpar_report": sys.argv[1], "seqpar_schedule": "auto"},
 }
 print("[seqpar] step 1/3, loss 3.0")
 open(sys.argv[1], "w").write(json.dumps(report))

@@ -35,6 +35,7 @@ def test_a_run_that_trains(tmp_path):
     assert found["bytes_sent_per_step"] == 300, "of the rank that sends most"
     assert found["bytes_by_kind"] == {"send": 200, "all_reduce": 100}
     assert found["losses"] == [3.0, 2.0, 1.5]
+    assert found["plugin"] == {"seqpar_schedule": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,8 @@ def test_endings(tmp_path, program, status, says):
     assert outcome.status == status
     assert says in outcome.reason
     assert outcome.report == {}
+    if status == "oom":
+        assert "\n" not in outcome.reason, "the line that says so, without its traceback"
 
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path):

@@ -16,6 +16,7 @@ MIB = 2**20
 Rows = Sequence[Mapping[str, Any]]
 FACTORS = ("micro_batch", "tp", "pp", "sp", "seq_parallel", "recompute", "zero", "schedule",
            "mlp_chunks", "loss_chunks", "kernel")  # fmt: skip
+_PLAIN = ("none", "auto", "off", "unfused")
 _GROUP = ("world_size", "seq_len", "global_batch")
 _IDENTITY = (*FACTORS, "cp", "ep", "vpp", "dp", *_GROUP)
 
@@ -42,7 +43,7 @@ class Effect:
 
 
 def effects(rows: Rows) -> list[Effect]:
-    """Matched pairs: runs that are ok and differ in one factor, neighbouring values of it.
+    """Matched pairs: runs that are ok and differ in one factor.
 
     DP follows from the others and so may differ, and so may the number of micro-batches.
     """
@@ -53,7 +54,7 @@ def effects(rows: Rows) -> list[Effect]:
         others = [name for name in _IDENTITY if name not in (factor, "dp", "schedule")]
         if factor not in ("sp", "schedule"):  # a schedule comes with SP
             others.append("schedule")
-        for before, after in itertools.pairwise(values):
+        for before, after in _changes(values):
             known = {
                 tuple(row[name] for name in others): row for row in done if row[factor] == before
             }
@@ -65,6 +66,14 @@ def effects(rows: Rows) -> list[Effect]:
             if ratios:
                 found.append(Effect(factor, str(before), str(after), ratios))
     return found
+
+
+def _changes(values: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Which values of a choice are compared: neighbouring numbers; names with the plain one."""
+    if not values or not isinstance(values[0], str):
+        return list(itertools.pairwise(values))
+    base = next((name for name in _PLAIN if name in values), values[0])
+    return [(base, value) for value in values if value != base]
 
 
 def _order(value: Any) -> tuple[int, Any]:

@@ -103,12 +103,16 @@ def test_effects_are_of_pairs_that_differ_in_one_choice():
         row(2.0, sp=2),
         row(5.0, sp=2, tp=2),
         row(None, sp=4),
+        row(1.2, recompute="attention-output"),
+        row(1.4, recompute="full"),
     ]
     found = {(e.factor, e.before, e.after): e.ratios for e in report.effects(rows)}
     assert found == {
         ("tp", "1", "2"): (3.0, 2.5),
         ("sp", "1", "2"): (2.0, pytest.approx(5 / 3)),
         ("seq_parallel", "False", "True"): (0.5,),
+        ("recompute", "none", "attention-output"): (1.2,),
+        ("recompute", "none", "full"): (1.4,),
     }
 
 

@@ -99,12 +99,13 @@ def calibrate(
         save_planner_cluster,
     )
     from megatron_seqpar.planner.fit import calibrate as fit
-    from megatron_seqpar.planner.runs import read_runs
+    from megatron_seqpar.planner.runs import check_device, read_runs
 
     from .plan_report import print_fit
 
     described = read_planner_cluster(cluster)
     measured = read_runs(runs)
+    check_device(measured, described.machine.device.models, cluster)
     names = ", ".join(path.stem for path in runs)
     fitted = fit(described, measured, f"plan calibrate, {len(measured)} runs of {names}")
     save_planner_cluster(fitted.cluster, output)
@@ -123,13 +124,15 @@ def validate(
 ) -> None:
     """Predict measured runs and say how good the predictions are, for each group of runs."""
     from megatron_seqpar.planner.constants_file import read_planner_cluster
-    from megatron_seqpar.planner.runs import read_runs
+    from megatron_seqpar.planner.runs import check_device, read_runs
     from megatron_seqpar.planner.validate import predict_runs, write_predictions
 
     from .plan_report import print_scores, scores_as_dict
 
     measured: list[Run] = read_runs(runs)
-    predicted = predict_runs(measured, read_planner_cluster(cluster))
+    described = read_planner_cluster(cluster)
+    check_device(measured, described.machine.device.models, cluster)
+    predicted = predict_runs(measured, described)
     if predictions is not None:
         write_predictions(predicted, predictions)
     if as_json:

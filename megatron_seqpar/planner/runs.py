@@ -19,7 +19,7 @@ MLPs are gated, the embedding is a matrix of its own, and gradients are reduced 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,3 +209,19 @@ def _kernel(name: str) -> str:
         f"column kernel: {name!r}: use torch, fused, flash_attention or flash_attention2, "
         "each with '+ RMS kernel' where norms are fused"
     )
+
+
+def check_device(runs: Iterable[Run], models: Sequence[str], cluster: str) -> None:
+    """Raise SeqParError where a run says that it ran on a device that is not the cluster's.
+
+    models: parts of the names that the cluster's devices have. Rows without a `device` column, as
+    in the study's sheets, are taken at the caller's word.
+    """
+    for number, run in enumerate(runs, start=1):
+        device = run.row.get("device", "").strip()
+        if device and not any(part in device for part in models):
+            raise SeqParError(
+                f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes "
+                f"{' or '.join(models) or 'no such device'}; name the cluster that it ran on (other "
+                "hardware: describe it and calibrate, docs/planner.md)"
+            )

@@ -46,6 +46,24 @@ def test_calibrate_and_then_validate(sheet: Path, tmp_path: Path) -> None:
     assert len(predictions.read_text().splitlines()) == len(sheet.read_text().splitlines())
 
 
+def test_runs_of_another_device_are_refused(sheet: Path, tmp_path: Path) -> None:
+    """Else a sweep on a laptop would be judged, or calibrate, as one on the cluster's GPUs."""
+    with sheet.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    other = tmp_path / "other.csv"
+    for device, refused in (("NVIDIA A100-SXM4-80GB", False), ("CPU x86_64, 2 cores", True)):
+        with other.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], "device"])
+            writer.writeheader()
+            writer.writerows({**row, "device": device} for row in rows[:3])
+        for command in (["validate"], ["calibrate", "-o", str(tmp_path / "made.yaml")]):
+            done = CliRunner().invoke(plan, [command[0], str(other), *command[1:]])
+            assert (done.exit_code != 0) == refused, done.output
+            if refused:
+                assert isinstance(done.exception, SeqParError)
+                assert "device CPU x86_64, 2 cores: --cluster dgx-a100" in str(done.exception)
+
+
 def test_the_table_of_scores(sheet: Path) -> None:
     done = CliRunner().invoke(plan, ["validate", str(sheet)])
     assert done.exit_code == 0, done.output

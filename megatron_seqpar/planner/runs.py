@@ -220,8 +220,9 @@ def check_device(runs: Iterable[Run], models: Sequence[str], cluster: str) -> No
     for number, run in enumerate(runs, start=1):
         device = run.row.get("device", "").strip()
         if device and not any(part in device for part in models):
+            known = " or ".join(models) or "no such device"
             raise SeqParError(
-                f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes "
-                f"{' or '.join(models) or 'no such device'}; name the cluster that it ran on (other "
-                "hardware: describe it and calibrate, docs/planner.md)"
+                f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes {known}; "
+                "name the cluster that it ran on (other hardware: describe it and calibrate, "
+                "docs/planner.md)"
             )

@@ -222,7 +222,7 @@ def check_device(runs: Iterable[Run], models: Sequence[str], cluster: str) -> No
         if device and not any(part in device for part in models):
             known = " or ".join(models) or "no such device"
             raise SeqParError(
-                f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes {known}; "
-                "name the cluster that it ran on (other hardware: describe it and calibrate, "
+                f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes "
+                f"{known}; name the cluster that it ran on (other hardware: describe it and calibrate, "
                 "docs/planner.md)"
             )

@@ -223,6 +223,6 @@ def check_device(runs: Iterable[Run], models: Sequence[str], cluster: str) -> No
             known = " or ".join(models) or "no such device"
             raise SeqParError(
                 f"{run.sheet}, row {number}: device {device}: --cluster {cluster} describes "
-                f"{known}; name the cluster that it ran on (other hardware: describe it and calibrate, "
-                "docs/planner.md)"
+                f"{known}; name the cluster that it ran on (other hardware: describe it and "
+                "calibrate, docs/planner.md)"
             )

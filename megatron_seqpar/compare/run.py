@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,18 @@ def run_comparison(
     try:
         for length, training in trainings.items():
             by_length[str(length)] = [
-                _row(way, training, config, machine, store, data, console, place, retry)
-                for way, place in zip(todo, _places(len(todo)), strict=True)
+                _row(
+                    way,
+                    training,
+                    config,
+                    machine,
+                    store,
+                    data,
+                    console,
+                    f"[{number}/{len(todo)}]",
+                    retry,
+                )
+                for number, way in enumerate(todo, start=1)
             ]
         reached = _longest(todo, trainings, config, machine, store, data, console)
     except KeyboardInterrupt:
@@ -173,10 +183,6 @@ def _limit(config: CompareConfig, machine: Machine) -> str:
 
 def _printer(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False)
-
-
-def _places(count: int) -> Iterator[str]:
-    return (f"[{index}/{count}]" for index in range(1, count + 1))
 
 
 def _why_not(way: Way, config: CompareConfig, training: Training) -> str | None:

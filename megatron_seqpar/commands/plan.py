@@ -37,8 +37,10 @@ def search_layouts(
     global_batch_tokens: Annotated[
         str, typer.Option(help="Tokens of a step: a number, or one with K or M (binary).")
     ] = "4M",
-    nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Or GPUs; default: one node's.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes; default: those of --cluster NAME-xN, or one.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Or GPUs.")] = None,
     top: Annotated[int, typer.Option(help="Layouts to show.")] = 10,
     plot: Annotated[
         Path | None, typer.Option(help="Draw MFU over ranks and lengths, and memory (.png).")
@@ -172,13 +174,15 @@ def reproduce(
 def _ranks(cluster: Cluster, nodes: int | None, gpus: int | None) -> int:
     if nodes is not None and gpus is not None:
         raise SeqParError(f"--nodes {nodes} with --gpus {gpus}: give one of them")
-    ranks = gpus if gpus is not None else (nodes or 1) * cluster.node_size
+    nodes_there = cluster.machine.nodes or 1
+    ranks = gpus if gpus is not None else (nodes or nodes_there) * cluster.node_size
     if ranks < 1 or (nodes is not None and nodes < 1):
         raise SeqParError(f"--gpus {gpus}, --nodes {nodes}: use 1 or more")
     if ranks > cluster.node_size and ranks % cluster.node_size:
         raise SeqParError(
             f"--gpus {ranks}: more than a node of {cluster.node_size} must be whole nodes"
         )
+    cluster.machine.check_holds(ranks, f"--gpus {gpus}" if gpus else f"--nodes {nodes}")
     return ranks
 
 

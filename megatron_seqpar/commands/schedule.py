@@ -128,6 +128,7 @@ def _cluster(name: str | None, size: int, node_size: int | None) -> _Machine:
     from megatron_seqpar.simulate import load_cluster
 
     described = load_cluster(name or "dgx-h100")
+    described.check_holds(size, f"--size {size}")
     if node_size is None:
         node_size = max(1, size)
         if name is not None:

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from ..errors import ClusterError
-from ..simulate import cluster_names, load_cluster
+from ..simulate import cluster_names, load_cluster, split_nodes
 from ..simulate.cluster import Basis as MachineBasis
 from ..simulate.cluster import Figure
 from .constants import Basis, Constants
@@ -53,9 +53,13 @@ def planner_clusters() -> tuple[str, ...]:
 def read_planner_cluster(name_or_path: str | Path) -> Cluster:
     """A cluster by its name, by its file's path, or by the path of its description.
 
-    Raises ClusterError for hardware that nothing is known of, or a file with a wrong field.
+    Each may end in `-xN` for N nodes. Raises ClusterError for hardware that nothing is known of, or
+    a file with a wrong field.
     """
-    name = str(name_or_path)
+    name, nodes = split_nodes(name_or_path)
+    if nodes is not None:
+        found = read_planner_cluster(name)
+        return replace(found, machine=replace(found.machine, nodes=nodes))
     path = Path(name)
     if name in planner_clusters():
         path = _folder() / f"{name}.yaml"

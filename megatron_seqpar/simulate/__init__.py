@@ -17,7 +17,7 @@ calibrate.py     a cluster's numbers from measured ones
 """
 
 from .cluster import Cluster, link_matrix
-from .cluster_file import cluster_names, load_cluster, save_cluster
+from .cluster_file import cluster_names, load_cluster, save_cluster, split_nodes
 from .costs import Costs, attention_flops, tile_seconds, transfer_seconds
 from .predict import Prediction, predict
 from .replay import simulate
@@ -37,6 +37,7 @@ __all__ = [
     "predict",
     "save_cluster",
     "simulate",
+    "split_nodes",
     "tile_seconds",
     "transfer_seconds",
 ]

@@ -170,6 +170,7 @@ class Cluster:
         overlap_tax: seconds of computing lost for each second of a transfer of the same rank: 0
             when a copy engine or a NIC does the work, 1 when the computing core does.
         note: why this cluster was taken, when it was not named.
+        nodes: how many nodes there are, where that was said (`dgx-h100-x4`).
     """
 
     name: str
@@ -184,6 +185,7 @@ class Cluster:
     one_port: bool
     overlap_tax: Figure
     note: str = ""
+    nodes: int | None = None
 
     def __hash__(self) -> int:
         # its mappings cannot be hashed; equality compares them
@@ -192,6 +194,20 @@ class Cluster:
     def node(self, rank: int) -> int:
         """The node of a rank."""
         return rank // int(self.ranks_per_node.value)
+
+    def check_holds(self, ranks: int, asked: str) -> None:
+        """Raise `ClusterError` for more ranks than the nodes hold, where their number was said.
+
+        asked: what asks for the ranks, as the user typed it.
+        """
+        if self.nodes is None:
+            return
+        each = int(self.ranks_per_node.value)
+        if ranks > self.nodes * each:
+            raise ClusterError(
+                f"{asked}: cluster {self.name} was asked for with {self.nodes} nodes of {each} "
+                f"ranks, {self.nodes * each} in all; name it {self.name}-x{-(-ranks // each)}"
+            )
 
     def link(self, src: int, dst: int) -> Link | None:
         """What joins two ranks; None for a rank and itself."""

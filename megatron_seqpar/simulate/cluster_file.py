@@ -7,11 +7,16 @@ A number is written as
 
 and numbers of one source with `values: {bfloat16: 312, float32: 19.5}` in place of `value`. Units
 are in the names: tflops (1e12 FLOP/s), gbytes_per_s (1e9 bytes/s), us (microseconds).
+
+A file describes a node and the network, not how many nodes there are: `dgx-h100-x4`, or
+`configs/clusters/dgx-h100-x4.yaml`, is four nodes of dgx-h100.
 `ClusterError` names the file, the field, what stands there and what may.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,11 +45,31 @@ def _folders() -> list[Path]:
     return [folder for folder in _FOLDERS if folder.is_dir()][:1]
 
 
+def split_nodes(name_or_path: str | Path) -> tuple[str, int | None]:
+    """`("dgx-h100", 4)` for `dgx-h100-x4`; the same for a path, which keeps its ending.
+
+    A name or a file that exists as it is written means itself, with no number of nodes. Raises
+    `ClusterError` for no nodes.
+    """
+    text = str(name_or_path)
+    found = re.fullmatch(r"(.+)-x(\d+)(\.ya?ml)?", text)
+    if found is None or text in cluster_names() or Path(text).is_file():
+        return text, None
+    nodes = int(found[2])
+    if nodes < 1:
+        raise ClusterError(f"cluster {text}: use 1 node or more, such as {found[1]}-x4")
+    return found[1] + (found[3] or ""), nodes
+
+
 def load_cluster(name_or_path: str | Path) -> Cluster:
     """A cluster by its name in configs/clusters, or by the path of a YAML file.
 
-    Raises `ClusterError` when there is no such file or a field of it is wrong.
+    Either may end in `-xN` for N nodes. Raises `ClusterError` when there is no such file or a field
+    of it is wrong.
     """
+    base, nodes = split_nodes(name_or_path)
+    if nodes is not None:
+        return replace(load_cluster(base), nodes=nodes)
     if str(name_or_path) in cluster_names():
         return _load(_folders()[0] / f"{name_or_path}.yaml")
     path = Path(name_or_path)

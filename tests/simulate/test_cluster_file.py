@@ -15,7 +15,14 @@ import pytest
 import yaml
 
 from megatron_seqpar.errors import ClusterError
-from megatron_seqpar.simulate import Cluster, cluster_names, link_matrix, load_cluster, save_cluster
+from megatron_seqpar.simulate import (
+    Cluster,
+    cluster_names,
+    link_matrix,
+    load_cluster,
+    save_cluster,
+    split_nodes,
+)
 from megatron_seqpar.simulate.cluster import Basis, Figure, Figures, LinkKind
 from megatron_seqpar.simulate.cluster_file import as_mapping, parse_cluster
 
@@ -57,6 +64,34 @@ def test_written_and_read_again(name: str, tmp_path: Path) -> None:
     before = load_cluster(name)
     save_cluster(before, tmp_path / f"{name}.yaml")
     assert load_cluster(tmp_path / f"{name}.yaml") == before
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 128])
+@pytest.mark.parametrize("name", ["dgx-a100", "dgx-h100", "dgx-h200", "dgx-b200"])
+def test_a_number_of_nodes_in_the_name(name: str, nodes: int) -> None:
+    for written in (f"{name}-x{nodes}", f"configs/clusters/{name}-x{nodes}.yaml"):
+        found = load_cluster(REPOSITORY / written if "/" in written else written)
+        assert found == replace(load_cluster(name), nodes=nodes)
+
+
+def test_no_more_ranks_than_the_nodes_hold() -> None:
+    cluster = load_cluster("dgx-h100-x2")
+    cluster.check_holds(16, "--size 16")
+    with pytest.raises(ClusterError, match=r"--size 17: .*2 nodes of 8.* name it dgx-h100-x3"):
+        cluster.check_holds(17, "--size 17")
+    load_cluster("dgx-h100").check_holds(10**6, "--size 1000000")  # nobody said how many
+
+
+def test_a_name_that_only_looks_like_nodes(tmp_path: Path) -> None:
+    own = tmp_path / "rack-x2.yaml"
+    save_cluster(load_cluster("pcie-box"), own)
+    assert split_nodes(own) == (str(own), None)
+    assert load_cluster(own).nodes is None
+    assert split_nodes("dgx-a100-100g") == ("dgx-a100-100g", None)
+    with pytest.raises(ClusterError, match="dgx-h100-x0: use 1 node or more"):
+        load_cluster("dgx-h100-x0")
+    with pytest.raises(ClusterError, match="cluster dgx-z1: unknown"):
+        load_cluster("dgx-z1-x4")
 
 
 def test_published_numbers() -> None:

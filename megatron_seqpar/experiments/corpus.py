@@ -36,6 +36,12 @@ def corpus_of(
     return corpus
 
 
+def unmade(data: str, folder: Path, *, key: str = "text") -> Corpus:
+    """The corpus as `corpus_of` would name it, without making it: for commands to be shown."""
+    name = STDLIB if data == STDLIB else Path(data).stem
+    return Corpus(str(folder / f"{name}_{key}_document"), 0, 0, 0, 0, 0)
+
+
 def fingerprint(corpus: Corpus) -> str:
     """What tells this corpus from another, wherever it lies."""
     record = Path(corpus.data_path + ".json").read_text(encoding="utf-8")

@@ -99,17 +99,9 @@ class Setting(Section):
 def read_setting(kind: type[Chosen], path: Path) -> Chosen:
     """The experiment of a file. SeqParError names the file, the key and what is wrong with it."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SeqParError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SeqParError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise SeqParError(f"{path}: 'key: value' lines are expected, with at least 'model:'")
-    try:
-        setting = kind.model_validate(content)
+        setting = kind.model_validate(read_mapping(path))
     except ValidationError as error:
-        raise SeqParError("\n".join(_told(path, entry) for entry in error.errors())) from None
+        raise SeqParError("\n".join(told(path, entry) for entry in error.errors())) from None
     named = str(setting.model) in model_names()  # one that comes with the package
     model = model_file(str(setting.model)) if named else beside(path, setting.model, "model")
     found = {"model": model}
@@ -122,6 +114,19 @@ def read_setting(kind: type[Chosen], path: Path) -> Chosen:
     )
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. SeqParError where it cannot be read or has none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SeqParError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SeqParError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise SeqParError(f"{path}: 'key: value' lines are expected, with at least 'model:'")
+    return content
+
+
 def beside(config: Path, path: Path, key: str) -> Path:
     """`path` from the config's folder, or else from the current one."""
     for folder in (config.parent, Path()):
@@ -132,7 +137,8 @@ def beside(config: Path, path: Path, key: str) -> Path:
     )
 
 
-def _told(path: Path, entry: Any) -> str:
+def told(path: Path, entry: Any) -> str:
+    """A validation error as a line: the file, the key, what stands there and what is wrong."""
     key = ".".join(_kebab(str(part)) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"{path}: {key}: unknown key"

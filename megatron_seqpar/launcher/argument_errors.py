@@ -22,15 +22,19 @@ def short_argument_errors() -> None:
     """From now on argparse reports an error in one line with the nearest flag."""
 
     def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
-        unknown = _UNKNOWN.search(message)
-        near: list[str] = []
-        if unknown is not None:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists what there is"
-        say(f"{rank_prefix()} error: {message}{hint}")
+        say(f"{rank_prefix()} error: {with_hint(self, message)}")
         raise SystemExit(2)
 
     argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+
+
+def with_hint(parser: argparse.ArgumentParser, message: str) -> str:
+    """argparse's message with the flag of `parser` that is nearest to one it does not know."""
+    unknown = _UNKNOWN.search(message)
+    near: list[str] = []
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1)
+    return message + (f"; did you mean {near[0]}?" if near else "; --help lists what there is")
 
 
 def tolerant_help() -> None:

@@ -48,7 +48,7 @@ def run_script(
         elif plugin:
             # Megatron demands it below Blackwell where the axis (in CP's place) is larger than 1
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        _enter_folder_of(path)
+        enter_folder_of(path)
         sys.argv = [str(script), *args]
         short_argument_errors()
         if asks_for_help(args):
@@ -89,7 +89,7 @@ def _close_process_groups() -> None:
         distributed.destroy_process_group()
 
 
-def _enter_folder_of(script: Path) -> None:
+def enter_folder_of(script: Path) -> None:
     """Put the script's folder where Python puts it, without losing this package."""
     launcher_folder = Path(sys.argv[0]).absolute().parent
     if sys.path and Path(sys.path[0] or ".").absolute() in (Path.cwd(), launcher_folder):

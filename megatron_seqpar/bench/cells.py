@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..experiments.numbers import largest_difference
+from ..experiments.peaks import peak_of_rows
 from ..experiments.training import Training
+from ..mfu import Peak
 from .ranks import Row, say
 from .rounds import interleave, median_ratio
 from .training import Trainer, Way, described, left_out
@@ -38,7 +40,7 @@ class Cell:
         bases: ways that the others' step times are divided by.
         reference: the way whose losses another's are compared with, or None.
         facts: what a row says of its way before its numbers.
-        more: what a finished row gets besides.
+        more: what a finished row gets besides, from the way, the row and the peak of all rows.
     """
 
     trainer: Trainer
@@ -49,7 +51,7 @@ class Cell:
     bases: Sequence[str]
     reference: Callable[[str, Measured], str | None]
     facts: Callable[[Way], Row]
-    more: Callable[[Way, Row], Row]
+    more: Callable[[Way, Row, Peak | None], Row]
 
     def run(self, save: Save) -> list[Row]:
         """Rows of all ways; `save` gets what there is after every run."""
@@ -78,6 +80,7 @@ class Cell:
 
     def _rows(self, measured: Measured, reasons: Mapping[str, str]) -> list[Row]:
         found = summarized(measured, self.bases, lambda name: self.reference(name, measured))
+        peak = peak_of_rows(found.values())
         rows = []
         for name, way in self.ways.items():
             key = {"way": name, "tokens": self.training.sequence_length, **self.facts(way)}
@@ -85,7 +88,7 @@ class Cell:
                 rows.append({**key, "status": "left out", "why": reasons[name]})
             elif name in found:
                 good = found[name]["status"] == "ok"
-                more = self.more(way, found[name]) if good else {}
+                more = self.more(way, found[name], peak) if good else {}
                 rows.append({**key, **found[name], **more})
         return rows
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import SeqParError
 from ..experiments.layout import STOCK, Layout
 from ..experiments.training import Training
+from ..mfu import Peak
 from .cells import Cell, Measured, Save, continued, ran
 from .ranks import Row
 from .training import Trainer, Way, chunked
@@ -72,6 +73,7 @@ def measure(
             def more(
                 way: Way,
                 row: Row,
+                peak: Peak | None,
                 training: Training = training,
                 counts: bool = counts,
                 accounts: dict[str, int] = accounts,

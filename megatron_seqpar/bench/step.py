@@ -16,6 +16,7 @@ from ..errors import SeqParError
 from ..experiments.execute import Outcome
 from ..experiments.layout import STOCK, Layout
 from ..experiments.training import Training
+from ..mfu import Peak
 from .cells import Cell, Measured, Save, continued, ran
 from .layers import Fitting, layers_that_fit
 from .ranks import Row, say
@@ -124,8 +125,8 @@ def measure(
     rows: list[Row] = []
     for training in trainings:
 
-        def more(way: Way, row: Row, training: Training = training) -> Row:
-            return rates(training, row, way.layout.ranks, trainer.machine.name)
+        def more(way: Way, row: Row, peak: Peak | None, training: Training = training) -> Row:
+            return rates(training, row, way.layout.ranks, peak)
 
         cell = Cell(
             trainer, training, by_name, rounds, limit_gib, bases, reference, facts, more

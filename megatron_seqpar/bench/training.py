@@ -7,7 +7,7 @@ Also what is known of a run before it starts: whether stock attention could fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..experiments.machine import Machine
 from ..experiments.numbers import numbers
 from ..experiments.store import slug
 from ..experiments.training import Training
-from ..mfu import model_flops, model_from_flags, peak_of, utilization
+from ..mfu import Peak, model_flops, model_from_flags, utilization
 from .ranks import Row
 
 MIB = 2**20
@@ -119,18 +119,19 @@ def described(way: Way, outcome: Outcome) -> Row:
         "memory_kind": found["memory_kind"],
         "bytes_sent_per_step": found["bytes_sent_per_step"],
         "losses": found["losses"],
+        "device": found["device"],
+        "peak_flops_per_rank": found["peak_flops_per_rank"],
         "dtype": found["dtype"],
         "flags": [*way.layout.arguments(), *way.more],
     }
 
 
-def rates(training: Training, row: Row, ranks: int, device: str) -> Row:
-    """Model FLOP/s of a rank and MFU of a finished row; MFU is None where no peak is published."""
+def rates(training: Training, row: Row, ranks: int, peak: Peak | None) -> Row:
+    """Model FLOP/s of a rank and MFU of a finished row, and the peak; None where none is known."""
     values = training.model_flags()
     values.setdefault("vocab-size", VOCABULARY_SIZE)
     model = model_from_flags(values)
-    peak = peak_of(device, row["dtype"])
-    found: Row = {}
+    found: Row = {"peak": None if peak is None else asdict(peak)}
     for name, causal in (("", False), ("_causal", True)):
         work = model_flops(model, training.sequence_length, training.batch, causal=causal)
         found[f"model_tflops_per_rank{name}"] = work / row["seconds"] / ranks / 1e12

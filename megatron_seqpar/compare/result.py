@@ -3,29 +3,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_seqpar.experiments.numbers import largest_difference
-from megatron_seqpar.mfu import Model, Peak, model_flops, peak_of, utilization
-
-
-def peak_of_rows(rows: Sequence[Mapping[str, Any]], tflops: float | None) -> Peak | None:
-    """One peak for all rows: given, published for the GPU, or what the runs measured on a CPU."""
-    if tflops is not None:
-        return Peak(tflops * 1e12, "given", "peak-tflops of the comparison's file")
-    done = [row for row in rows if row["status"] == "ok"]
-    if not done:
-        return None
-    device = done[0]["device"]
-    if device["kind"] == "cuda":
-        return peak_of(device["name"], done[0]["dtype"])
-    measured = [row["peak_flops_per_rank"] for row in done if row.get("peak_flops_per_rank")]
-    if not measured:
-        return None
-    source = f"median of {len(measured)} runs' own measurement of a large matrix product"
-    return Peak(statistics.median(measured), "measured", source)
+from megatron_seqpar.mfu import Model, Peak, model_flops, utilization
 
 
 def judge(

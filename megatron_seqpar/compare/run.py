@@ -15,15 +15,19 @@ from rich.console import Console
 from megatron_seqpar.compare import longest, plot, result, table
 from megatron_seqpar.compare.config import CompareConfig
 from megatron_seqpar.compare.ways import UNFUSED, Way, ways
+from megatron_seqpar.data import Corpus
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.experiments import host
-from megatron_seqpar.experiments.corpus import corpus_of, fingerprint
+from megatron_seqpar.experiments.corpus import corpus_of, fingerprint, unmade
 from megatron_seqpar.experiments.job import Job
 from megatron_seqpar.experiments.layout import STOCK
 from megatron_seqpar.experiments.machine import FUSED_KERNELS, Machine, look
+from megatron_seqpar.experiments.peaks import peak_of_rows
 from megatron_seqpar.experiments.run_all import refused, run_job
+from megatron_seqpar.experiments.setting import read_setting
 from megatron_seqpar.experiments.store import Store, slug, write_whole
 from megatron_seqpar.experiments.training import Training, flags
+from megatron_seqpar.mfu import Model
 from megatron_seqpar.shipped import pretraining_script
 
 
@@ -43,36 +47,17 @@ def run_comparison(
 
     Raises SeqParError for settings that cannot be, and when it is interrupted.
     """
-    machine = look(config.device, config.launch.ranks_per_node or config.ranks)
-    corpus = corpus_of(config.data, folder / "data", console, key=config.json_key, fresh=fresh)
-    chosen = FUSED_KERNELS[machine.device] if config.kernel == "auto" else config.kernel
-    trainings = {
-        length: Training(
-            config.model,
-            corpus,
-            folder / "cache",
-            config.steps,
-            length,
-            config.global_batch_size,
-            config.seed,
-            config.micro_batch_size,
-            config.changes,
-            config.arguments,
-        )
-        for length in config.seq_length
-    }
-    model = next(iter(trainings.values())).sizes()
-    todo = ways(config, model, chosen, has_te=machine.has_transformer_engine)
     if dry_run:
-        for length, training in trainings.items():
-            for way in todo:
-                why = _why_not(way, config, training)
-                job = _job(way, training, config, machine)
-                console.print(f"# {length:,} tokens, {way.label}", markup=False)
-                console.print(
-                    f"# not run: {why}" if why else job.shell(), markup=False, soft_wrap=True
-                )
+        for label, job in planned(config, folder):
+            console.print(f"# {label}", markup=False)
+            line = f"# not run: {job}" if isinstance(job, str) else job.shell()
+            console.print(line, markup=False, soft_wrap=True)
         return []
+    machine = _machine(config)
+    corpus = corpus_of(config.data, folder / "data", console, key=config.json_key, fresh=fresh)
+    trainings = _trainings(config, corpus, folder)
+    model = next(iter(trainings.values())).sizes()
+    todo = _ways(config, model, machine)
     if fresh:
         shutil.rmtree(folder / "rows", ignore_errors=True)
     store = Store(folder)
@@ -105,7 +90,7 @@ def run_comparison(
             "interrupted: finished rows are kept, and the same command goes on with the next"
         ) from None
     every = [row for rows in by_length.values() for row in rows]
-    peak = result.peak_of_rows(every, config.peak_tflops)
+    peak = peak_of_rows(every, config.peak_tflops)
     judged = {
         length: result.judge(rows, model, int(length), config.global_batch_size, peak)
         for length, rows in by_length.items()
@@ -143,6 +128,54 @@ def run_comparison(
     plot.plot(judged, title, picture)
     console.print(f"result: {json_file}    picture: {picture}", markup=False)
     return [row for rows in judged.values() for row in rows]
+
+
+def jobs_of_file(path: Path) -> list[tuple[str, Job | str]]:
+    """What `compare` would run of a file: labels, and jobs or why there is none."""
+    return planned(read_setting(CompareConfig, path), Path("runs") / "compare" / path.stem)
+
+
+def planned(config: CompareConfig, folder: Path) -> list[tuple[str, Job | str]]:
+    """The runs of a comparison without running or making anything: see `jobs_of_file`."""
+    machine = _machine(config)
+    corpus = unmade(config.data, folder / "data", key=config.json_key)
+    trainings = _trainings(config, corpus, folder)
+    todo = _ways(config, next(iter(trainings.values())).sizes(), machine)
+    return [
+        (
+            f"{length:,} tokens, {way.label}",
+            _why_not(way, config, training) or _job(way, training, config, machine),
+        )
+        for length, training in trainings.items()
+        for way in todo
+    ]
+
+
+def _machine(config: CompareConfig) -> Machine:
+    return look(config.device, config.launch.ranks_per_node or config.ranks)
+
+
+def _ways(config: CompareConfig, model: Model, machine: Machine) -> list[Way]:
+    chosen = FUSED_KERNELS[machine.device] if config.kernel == "auto" else config.kernel
+    return ways(config, model, chosen, has_te=machine.has_transformer_engine)
+
+
+def _trainings(config: CompareConfig, corpus: Corpus, folder: Path) -> dict[int, Training]:
+    return {
+        length: Training(
+            config.model,
+            corpus,
+            folder / "cache",
+            config.steps,
+            length,
+            config.global_batch_size,
+            config.seed,
+            config.micro_batch_size,
+            config.changes,
+            config.arguments,
+        )
+        for length in config.seq_length
+    }
 
 
 def _longest(

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_seqpar.compare.result import peak_of_rows
+from megatron_seqpar.data import Corpus
 from megatron_seqpar.errors import SeqParError
-from megatron_seqpar.experiments.corpus import corpus_of, fingerprint
+from megatron_seqpar.experiments.corpus import corpus_of, fingerprint, unmade
 from megatron_seqpar.experiments.execute import execute
 from megatron_seqpar.experiments.job import Job
 from megatron_seqpar.experiments.machine import FUSED_KERNELS, Machine, look
+from megatron_seqpar.experiments.peaks import peak_of_rows
 from megatron_seqpar.experiments.run_all import refused, run_job
 from megatron_seqpar.experiments.setting import read_setting
 from megatron_seqpar.experiments.store import Store, slug
@@ -35,41 +36,30 @@ def run_sweep(
     """Do what `megatron-seqpar sweep` says. Raises SeqParError for a wrong file."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     space = read_setting(Space, path)
-    # sbatch runs elsewhere: this machine need not have the GPUs
     machine = _machine(space)
-    kernel = FUSED_KERNELS[machine.device] if space.kernel == "auto" else space.kernel
-    corpus = corpus_of(space.data, folder / "data", console, key=space.json_key)
-    data = fingerprint(corpus)
-
-    base = Training(
-        space.model,
-        corpus,
-        folder / "cache",
-        space.steps,
-        sequence_length=0,  # each row has its own
-        batch=space.global_batch_size,
-        seed=space.seed,
-        changes=space.changes,
-        extra=space.arguments,
+    corpus = (
+        unmade(space.data, folder / "data", key=space.json_key)
+        if dry_run
+        else corpus_of(space.data, folder / "data", console, key=space.json_key)
     )
+    base = _base(space, corpus, folder)
     model = base.sizes()
-    points, left_out = space.points(kernel, model)
+    points, left_out = space.points(_kernel(space, machine), model)
     for constraint, count in left_out.most_common():
         console.print(f"left out of the grid: {count} combinations: {constraint}", markup=False)
     if not points:
         raise SeqParError(f"{path}: no combination of the grid can be run")
     if dry_run:
-        for point in points:
-            why = point.layout.impossible(model, space.global_batch_size)
-            job = _job(point, base, space, machine)
-            console.print(f"# {_label(point)}", markup=False)
-            line = f"# not run: {why}" if why else job.shell()
+        for label, job in _jobs(points, base, model, space, machine):
+            console.print(f"# {label}", markup=False)
+            line = f"# not run: {job}" if isinstance(job, str) else job.shell()
             console.print(line, markup=False, soft_wrap=True)
         return
     if space.executor == "sbatch":
         slurm.check_slurm()
     if fresh:
         shutil.rmtree(folder / "rows", ignore_errors=True)
+    data = fingerprint(corpus)
     store = Store(folder)
     runner = slurm.submit(space.slurm) if space.executor == "sbatch" else execute
     console.print(
@@ -124,7 +114,49 @@ def run_sweep(
     show(f"rows: {folder / 'sweep.csv'}    picture: {folder / 'sweep.png'}")
 
 
+def jobs_of_file(path: Path) -> list[tuple[str, Job | str]]:
+    """What `sweep` would run of a file: labels, and jobs or why there is none. Makes nothing."""
+    space = read_setting(Space, path)
+    folder = Path("runs") / "sweep" / path.stem
+    machine = _machine(space)
+    base = _base(space, unmade(space.data, folder / "data", key=space.json_key), folder)
+    points, _ = space.points(_kernel(space, machine), base.sizes())
+    return _jobs(points, base, base.sizes(), space, machine)
+
+
+def _jobs(
+    points: Sequence[Point], base: Training, model: Model, space: Space, machine: Machine
+) -> list[tuple[str, Job | str]]:
+    return [
+        (
+            _label(point),
+            point.layout.impossible(model, space.global_batch_size)
+            or _job(point, base, space, machine),
+        )
+        for point in points
+    ]
+
+
+def _base(space: Space, corpus: Corpus, folder: Path) -> Training:
+    return Training(
+        space.model,
+        corpus,
+        folder / "cache",
+        space.steps,
+        sequence_length=0,  # each row has its own
+        batch=space.global_batch_size,
+        seed=space.seed,
+        changes=space.changes,
+        extra=space.arguments,
+    )
+
+
+def _kernel(space: Space, machine: Machine) -> str:
+    return FUSED_KERNELS[machine.device] if space.kernel == "auto" else space.kernel
+
+
 def _machine(space: Space) -> Machine:
+    # sbatch runs elsewhere: this machine need not have the GPUs
     if space.executor == "sbatch":
         device = "cuda" if space.device == "auto" else space.device
         return Machine(device, "SLURM", space.slurm.ranks_per_node)

@@ -23,7 +23,7 @@ from megatron_seqpar.data import VOCABULARY_SIZE, Corpus
 from megatron_seqpar.experiments.execute import Outcome
 from megatron_seqpar.experiments.machine import Machine
 from megatron_seqpar.experiments.training import Training
-from megatron_seqpar.mfu import model_flops, model_from_flags
+from megatron_seqpar.mfu import model_flops, model_from_flags, peak_of
 from megatron_seqpar.shipped import model_file
 from tests.bench.command import bench, refused
 
@@ -70,7 +70,8 @@ def test_step(text: Path, tmp_path: Path) -> None:
     model = model_from_flags({**values, "vocab-size": VOCABULARY_SIZE})
     rate = split["model_tflops_per_rank"] * 1e12
     assert rate == pytest.approx(model_flops(model, 64) / split["seconds"] / 2)
-    assert split["mfu"] is None  # no peak is published for a CPU
+    assert split["peak"]["basis"] == "measured"  # none is published for a CPU
+    assert split["mfu"] == pytest.approx(rate / split["peak"]["value"])
 
 
 @pytest.mark.slow
@@ -179,15 +180,20 @@ def test_unfused_attention_counts_its_matrices() -> None:
     assert unfused_gib(values, 2**14, full=False) == (5 + 2 * 3) * 4
 
 
-def test_mfu_is_of_the_published_peak() -> None:
-    row = {"seconds": 2.0, "dtype": "bfloat16"}
+def test_mfu_is_of_the_peak() -> None:
+    row = {"seconds": 2.0}
     large = training("llama3-8b", 8192)
     work = model_flops(model_from_flags(large.model_flags()), 8192)
-    found = rates(large, row, 2, GPU.name)
+    peak = peak_of(GPU.name, "bfloat16")
+    assert peak is not None
+    assert peak.basis == "published"
+    found = rates(large, row, 2, peak)
     assert found["mfu"] == pytest.approx(work / 4 / 989e12, rel=0.01)
     assert found["mfu_causal"] < found["mfu"]
     assert found["model_tflops_per_rank"] == pytest.approx(work / 4 / 1e12)
-    assert rates(large, row, 2, "CPU, 2 cores")["mfu"] is None
+    unknown = rates(large, row, 2, None)
+    assert unknown["mfu"] is None
+    assert unknown["peak"] is None
 
 
 def test_endings_of_runs() -> None:

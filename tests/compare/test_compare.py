@@ -4,10 +4,11 @@
 import pytest
 
 from megatron_seqpar.compare.config import CompareConfig
-from megatron_seqpar.compare.result import judge, notes, peak_of_rows
+from megatron_seqpar.compare.result import judge, notes
 from megatron_seqpar.compare.table import cost_table, traffic_table
 from megatron_seqpar.compare.ways import padded_heads, ways
 from megatron_seqpar.experiments.layout import Layout
+from megatron_seqpar.experiments.peaks import peak_of_rows
 from megatron_seqpar.mfu import Peak, model_flops, model_from_flags
 
 SIZES = {"num-layers": 2, "hidden-size": 64, "num-attention-heads": 8, "vocab-size": 256}

@@ -17,31 +17,64 @@ _BARS = (
 )
 
 
-def plot(by_length: Mapping[str, Sequence[Mapping[str, Any]]], title: str, path: Path) -> None:
-    """One line of panels a sequence length: losses, their differences, time, memory, bytes."""
+def plot(
+    by_length: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+    path: Path,
+    longest: Mapping[str, Mapping[str, Any]] | None = None,
+    limit: str = "",
+) -> None:
+    """One line of panels a sequence length: losses, their differences, time, memory, bytes.
+
+    longest: what `compare.longest` found for each way, drawn below them; limit: the memory it had.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        len(by_length),
-        5,
-        figsize=(24, 1.2 + 4.2 * len(by_length)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, (length, rows) in zip(panels, by_length.items(), strict=True):
-        colors = {row["label"]: f"C{index % 10}" for index, row in enumerate(rows)}
+    lines = len(by_length) + bool(longest)
+    figure = pyplot.figure(figsize=(24, 1.2 + 4.2 * lines), layout="constrained")
+    grid = figure.add_gridspec(lines, 5)
+    for index, (length, rows) in enumerate(by_length.items()):
+        line = [figure.add_subplot(grid[index, column]) for column in range(5)]
+        colors = _colors([row["label"] for row in rows])
         _losses(line[0], line[1], rows, colors)
         line[0].set_title(f"{int(length):,} tokens a sequence")
         for axes, (key, unit, label) in zip(line[2:], _BARS, strict=True):
             _bars(axes, rows, key, unit, label, colors)
         for axes in line[3:]:
             axes.set_yticklabels([])
+    if longest:
+        labels = [row["label"] for row in next(iter(by_length.values()))]
+        # under the bars of times, whose labels are these
+        _longest(figure.add_subplot(grid[-1, 2:]), longest, limit, _colors(labels))
     figure.suptitle(title)
     save_picture(figure, path)
     pyplot.close(figure)
+
+
+def _colors(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each way, the same in every panel."""
+    return {label: f"C{index % 10}" for index, label in enumerate(labels)}
+
+
+def _longest(
+    axes: Any, found: Mapping[str, Mapping[str, Any]], limit: str, colors: Mapping[str, str]
+) -> None:
+    """A bar a way: tokens of the longest sequence that trained."""
+    for place, (label, each) in enumerate(found.items()):
+        if each["tokens"] is None:
+            axes.text(0, place, f" {each['why']}", va="center", fontsize=8, color="firebrick")
+            continue
+        axes.barh(place, each["tokens"], color=colors[label], alpha=0.85)
+        most = ">= " if each["at_least"] else ""
+        axes.text(each["tokens"], place, f" {most}{each['tokens']:,}", va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"tokens of the longest sequence that trains: {limit}")
+    axes.grid(axis="x", alpha=0.3)
 
 
 def _losses(

@@ -125,7 +125,7 @@ def run_comparison(
         "longest": reached,
     }
     write_whole(json_file, json.dumps(content, indent=1) + "\n")
-    plot.plot(judged, title, picture)
+    plot.plot(judged, title, picture, reached, _limit(config, machine))
     console.print(f"result: {json_file}    picture: {picture}", markup=False)
     return [row for rows in judged.values() for row in rows]
 

@@ -14,9 +14,10 @@ GIVES = {
     "plot": "pictures and TensorBoard",
     "te": "Transformer Engine's layers",
     "flash": "the flash2 attention kernel",
+    "hf": "Hugging Face tokenizers",
 }
 ON_GPUS = ("gpu", "te", "flash")
-_FOR_PROJECT_ITSELF = "dev"
+_FOR_PROJECT_ITSELF = ("dev", "docs", "all")
 
 
 def check(asked: Asked, machine: Machine) -> Finding:
@@ -28,7 +29,7 @@ def check(asked: Asked, machine: Machine) -> Finding:
         offered = metadata(PACKAGE).get_all("Provides-Extra") or []
     except PackageNotFoundError:
         return Finding("extras", Status.ABSENT, f"{PACKAGE} is not installed, nor are its extras")
-    offered = [name for name in offered if name != _FOR_PROJECT_ITSELF]
+    offered = [name for name in offered if name not in _FOR_PROJECT_ITSELF]
     unknown = [name for name in asked.extras if name not in offered]
     if unknown:
         return Finding(

@@ -79,7 +79,8 @@ def _flag(field: Any) -> list[str]:
         facts.append("values: " + ", ".join(f"`{value}`" for value in meta["choices"]))
     elif meta["metavar"] is not None:
         facts.append(f"value: `{meta['metavar']}`")
-    facts.append(f"in Python: `SeqParConfig({field.name}=...)`")
+    given = "False" if meta["negated"] else "..."
+    facts.append(f"in Python: `SeqParConfig({field.name}={given})`")
     lines = [f"### `{meta['flag']}`", "", meta["help"], "", *(f"- {fact}" for fact in facts)]
     refused = BY_SETTING.get(field.name)
     if refused:
@@ -110,6 +111,7 @@ def commands() -> str:
     _, _, text = done.stdout.partition("\n")  # the page has a title of its own
     for escaped, sign in (("&#x27;", "'"), ("&quot;", '"')):
         text = text.replace(escaped, sign)
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # cut short; sections follow
     return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
 
 

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 scripts/pretrain_gpt.py ARGS    (plain Megatron, without the plugin)
 
 The first line trains with the sequence dimension split over ranks, though nothing below mentions
-it: the launcher patches Megatron before it runs this script. `ARGS` are Megatron's arguments.
+it: the launcher patches Megatron before it runs this script. `ARGS` are Megatron's arguments. It is
+written for Megatron 0.19; `older_megatron.py` beside it serves 0.16 to 0.18.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,23 +20,46 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import (
-    flatten_batch_for_packed_sequences,
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+try:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.core.utils import (
+        flatten_batch_for_packed_sequences,
+        get_batch_on_this_cp_rank,
+        get_batch_on_this_tp_rank,
+    )
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+except ImportError:  # before 0.19
+    from older_megatron import (
+        build_tokenizer,
+        flatten_batch_for_packed_sequences,
+        get_batch_on_this_cp_rank,
+        get_batch_on_this_tp_rank,
+        gpt_config_from_args,
+        parse_and_validate_args,
+        pretrain,
+        pretrain_cfg_container_from_args,
+        update_seqlen_stats_from_cu_seqlens,
+    )
 
 Batch = dict[str, torch.Tensor | None]
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+
+
+def packs_samples() -> bool:
+    """Whether documents are laid end to end; before 0.19 there is no such flag."""
+    return bool(getattr(get_args(), "dataloader_inter_document_masking", False))
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
@@ -46,8 +70,7 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
     the ends of documents in the whole are `cu_seqlens`, `[1, n + 1]`. Pipeline stages that neither
     embed nor compute a loss get None for all but those.
     """
-    args = get_args()
-    packed = args.dataloader_inter_document_masking
+    args, packed = get_args(), packs_samples()
     if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
         return dict.fromkeys((*KEYS, *PACKED_KEYS))
     batch: Batch = {}
@@ -130,6 +153,7 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> list[A
     """Training, validation and test datasets of the given numbers of samples."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    packing_options = {"inter_document_masking": True} if packs_samples() else {}
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -146,12 +170,12 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> list[A
         create_attention_mask=args.create_attention_mask_in_dataloader,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
-        inter_document_masking=args.dataloader_inter_document_masking,
+        **packing_options,
     )
 
     def reads_data() -> bool:
-        needed = is_first_or_last_pipeline_stage(vp_stage) or args.dataloader_inter_document_masking
-        return mpu.get_tensor_model_parallel_rank() == 0 and bool(needed)
+        needed = is_first_or_last_pipeline_stage(vp_stage) or packs_samples()
+        return mpu.get_tensor_model_parallel_rank() == 0 and needed
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     built: list[Any] = BlendedMegatronDatasetBuilder(dataset, samples, reads_data, config).build()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
+from megatron_seqpar import compatibility
 from megatron_seqpar.errors import SeqParError
 
 from . import child
@@ -18,7 +19,7 @@ from .registry import UNITS, Unit
 
 CHECKED_VERSIONS = {
     "torch": ("2.11",),
-    "megatron-core": ("0.19",),
+    "megatron-core": compatibility.FAMILIES,
 }
 """Version prefixes that the units were run with; others get a warning."""
 

@@ -2,7 +2,8 @@
 """The list of patches. Each is one function, a *unit*, that can be left out and is tested alone.
 
 A unit's docstring gives the reason in its first paragraph and ends in a `Serves:` paragraph that
-names the Megatron (or torch) code that needs it, read in megatron-core 0.19.2 and torch 2.11.
+names the Megatron (or torch) code that needs it, read in megatron-core 0.16.1 to 0.19.2
+and torch 2.11.
 """
 
 from __future__ import annotations

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+from megatron_seqpar import compatibility
+
 PACKAGE = "megatron_seqpar"
 TESTED = {"python": "3.12", "torch": "2.11.0", "megatron-core": "0.19.2"}
-MEGATRON_FAMILIES = ("0.16", "0.19")
-"""Releases of megatron-core whose patched symbols were read."""
+MEGATRON_FAMILIES = compatibility.FAMILIES
+"""Releases of megatron-core that the plugin was run with."""
 
 
 def family(number: str) -> str:

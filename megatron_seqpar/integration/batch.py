@@ -91,7 +91,7 @@ def wrap_per_document(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_single_function(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patch for 0.16, where one public function slices batches."""
+    """Patch for versions before 0.19, where one public function slices batches."""
     signature = inspect.signature(original)
 
     def get_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> dict[str, Any]:

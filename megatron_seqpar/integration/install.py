@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from megatron_seqpar.compatibility import RELEASES
 from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import SeqParError
 from megatron_seqpar.integration import axis, state
@@ -27,7 +28,7 @@ def install(config: SeqParConfig | None = None) -> None:
         from megatron.core import package_info
     except ModuleNotFoundError as error:
         raise SeqParError(
-            "megatron-core is not installed: pip install 'megatron-core==0.19.2'"
+            f"megatron-core is not installed: pip install 'megatron-core=={RELEASES[-1].version}'"
         ) from error
     if _patcher is None:
         # Imported late: the table imports the hooks, and some of them import Megatron.

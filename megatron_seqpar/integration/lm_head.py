@@ -12,7 +12,7 @@ as in inference, the model gives its logits as ever. Evaluation with labels is i
 
 It takes the place of `--cross-entropy-loss-fusion`, whichever its implementation: one product with
 the head more, but no logits kept. `--fp16-lm-cross-entropy` is read by no such model in
-megatron-core 0.16.1 and 0.19.2, and changes nothing here either.
+megatron-core 0.16.1 to 0.19.2, and changes nothing here either.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _tell_of_fusion() -> None:
 def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Patch for what calls a model's output layer and then its loss.
 
-    That is `GPTModel._postprocess`, and `forward` of `HybridModel` and of 0.16's `MambaModel`.
+    That is `GPTModel._postprocess`, and `forward` of `HybridModel` or, before 0.18, `MambaModel`.
     """
     signature = inspect.signature(original)
 

@@ -16,6 +16,7 @@ The logged loss needs nothing: stock code sums losses and tokens over the axis, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def wrap_forward_step_calc_loss(original: Callable[..., Any]) -> Callable[..., A
     """Patch for `schedules.forward_step_calc_loss`."""
     signature = inspect.signature(original)
 
+    @functools.wraps(original)
     def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         arguments = bound.arguments
@@ -73,5 +75,28 @@ def wrap_forward_step_calc_loss(original: Callable[..., Any]) -> Callable[..., A
             arguments["loss_func"] = exact(arguments["loss_func"], group)
         return original(*bound.args, **bound.kwargs)
 
-    forward_step_calc_loss.__doc__ = original.__doc__
+    return forward_step_calc_loss
+
+
+def wrap_expert_loss_scale(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `schedules.forward_step_calc_loss` before 0.19: losses of a mixture of experts.
+
+    With `--calculate-per-token-loss` gradients are divided by the tokens of all ranks, and a router
+    multiplies its auxiliary and z losses with tokens to make up for it: before 0.19 with its own
+    rank's tokens only, which leaves them P times too small (0.19 multiplies with P itself).
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        config = signature.bind(*args, **kwargs).arguments["config"]
+        experts = getattr(config, "num_moe_experts", None)
+        if state.active() and config.calculate_per_token_loss and experts is not None:
+            from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+            scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+            MoEAuxLossAutoScaler.set_loss_scale(scale * state.config().sequence_parallel_size)
+        return result
+
     return forward_step_calc_loss

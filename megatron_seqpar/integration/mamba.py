@@ -30,11 +30,12 @@ def wrap_load_balancing(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         if not state.contiguous() or cp_size == 1:
             return original(input_, cp_size, packed_seq_params)
-        if packed_seq_params is not None and packed_seq_params.seq_idx is None:
+        if packed_seq_params is not None and getattr(packed_seq_params, "seq_idx", None) is None:
             raise UnsupportedError(
                 f"packed_seq_params without seq_idx with --sequence-parallel-size {cp_size}: the "
                 "state of a state-space layer would flow from document to document. Make "
-                "PackedSeqParams with total_tokens, as pretrain_hybrid.py does."
+                "PackedSeqParams with total_tokens, as pretrain_hybrid.py does (megatron-core 0.16 "
+                "has none)."
             )
         return input_
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of every symbol of Megatron that the plugin replaces.
 
-The documentation's table of patch points is generated from this one, and a test compares them.
+Each point names the families of megatron-core that it was checked on (`compatibility.FAMILIES`),
+and is applied on those and on the unknown versions nearest to them. The documentation's table of
+patch points is generated from this one, and a test compares them.
 """
 
 from __future__ import annotations
 
+from megatron_seqpar.compatibility import FAMILIES, before, since
 from megatron_seqpar.integration import (
     arguments,
     axis,
@@ -25,9 +28,11 @@ from megatron_seqpar.integration import (
 )
 from megatron_seqpar.integration.patching import PatchPoint
 
-_ALL = ("0.16", "0.19")
-_OLD = ("0.16",)
-_NEW = ("0.19",)
+_ALL = FAMILIES
+_0_19 = since("0.19")
+_BEFORE_0_19 = before("0.19")
+_HYBRID = since("0.18")  # HybridModel took MambaModel's place
+_MAMBA = before("0.18")
 
 PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
@@ -66,44 +71,44 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.utils._get_batch_on_this_cp_rank_per_sequence_balancing",
         batch.wrap_per_sequence,
-        _NEW,
+        _0_19,
         "contiguous tokens instead of paired chunks",
     ),
     PatchPoint(
         "megatron.core.utils._get_batch_on_this_cp_rank_per_document_balancing",
         batch.wrap_per_document,
-        _NEW,
+        _0_19,
         "contiguous tokens instead of paired chunks in every document",
     ),
     PatchPoint(
         "megatron.core.utils.get_batch_on_this_tp_rank",
         documents.wrap_get_batch_on_this_tp_rank,
-        _NEW,
+        _0_19,
         "hands out where documents end instead of a dense mask",
     ),
     PatchPoint(
         "megatron.core.datasets.gpt_dataset._get_ltor_masks_and_position_ids",
         documents.wrap_get_ltor_masks_and_position_ids,
-        _NEW,
+        _0_19,
         "marks where documents begin instead of making a dense mask",
     ),
     PatchPoint(
         "megatron.core.datasets.gpt_dataset.GPTDatasetConfig.__post_init__",
         packed.wrap_dataset_config_post_init,
-        _NEW,
+        _0_19,
         "packed samples are not padded to pairs of chunks",
     ),
     PatchPoint(
         "megatron.training.utils.common_utils.is_first_or_last_pipeline_stage",
         documents.wrap_is_first_or_last_pipeline_stage,
-        _NEW,
+        _0_19,
         "with documents, the middle stages of a pipeline read data too",
         optional=True,
     ),
     PatchPoint(
         "megatron.core.utils.get_batch_on_this_cp_rank",
         batch.wrap_single_function,
-        _OLD,
+        _BEFORE_0_19,
         "contiguous tokens instead of paired chunks",
     ),
     PatchPoint(
@@ -115,7 +120,7 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.models.common.embeddings.rope_utils.apply_rotary_pos_emb",
         rotary.wrap_apply_rotary_pos_emb,
-        _NEW,
+        _ALL,
         "rotary positions of contiguous tokens inside their documents, for packed batches",
     ),
     PatchPoint(
@@ -127,32 +132,45 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.transformer.multi_token_prediction.process_mtp_loss",
         lambda original: roll.wrap_process_mtp_loss(lm_head.wrap_process_mtp_loss(original)),
-        _NEW,
+        _0_19,
         "the MTP loss is averaged over all tokens of the axis; with a loss in pieces, its heads "
         "find predictions too",
     ),
     PatchPoint(
+        "megatron.core.transformer.multi_token_prediction.process_mtp_loss",
+        roll.wrap_process_mtp_loss,
+        ("0.17", "0.18"),
+        "the MTP loss is averaged over all tokens of the axis",
+    ),
+    PatchPoint(
         "megatron.core.transformer.multi_token_prediction._compute_mtp_acceptance_counts",
         lm_head.wrap_compute_mtp_acceptance_counts,
-        _NEW,
+        _0_19,
         "counts predictions of a loss in pieces",
     ),
     PatchPoint(
         "megatron.core.models.gpt.gpt_model.GPTModel._postprocess",
         lm_head.wrap_forward,
-        _ALL,
+        since("0.17"),
         "makes no logits where a loss in pieces is asked for",
+    ),
+    PatchPoint(
+        "megatron.core.models.gpt.gpt_model.GPTModel._postprocess",
+        lambda original: roll.wrap_postprocess(lm_head.wrap_forward(original)),
+        ("0.16",),
+        "makes no logits where a loss in pieces is asked for; the MTP loss, which is computed "
+        "here, is averaged over all tokens of the axis",
     ),
     PatchPoint(
         "megatron.core.models.hybrid.hybrid_model.HybridModel.forward",
         lm_head.wrap_forward,
-        _NEW,
+        _HYBRID,
         "makes no logits where a loss in pieces is asked for",
     ),
     PatchPoint(
         "megatron.core.models.mamba.mamba_model.MambaModel.forward",
         lm_head.wrap_forward,
-        _OLD,
+        _MAMBA,
         "makes no logits where a loss in pieces is asked for",
     ),
     PatchPoint(
@@ -177,8 +195,15 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.pipeline_parallel.schedules.forward_step_calc_loss",
         loss.wrap_forward_step_calc_loss,
-        _ALL,
+        _0_19,
         "the loss is averaged over all tokens of the axis, not over ranks",
+    ),
+    PatchPoint(
+        "megatron.core.pipeline_parallel.schedules.forward_step_calc_loss",
+        lambda original: loss.wrap_expert_loss_scale(loss.wrap_forward_step_calc_loss(original)),
+        _BEFORE_0_19,
+        "the loss is averaged over all tokens of the axis, not over ranks; with "
+        "--calculate-per-token-loss so are the losses of a mixture of experts",
     ),
     PatchPoint(
         "megatron.core.models.gpt.gpt_model.GPTModel.__init__",
@@ -189,13 +214,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.models.hybrid.hybrid_model.HybridModel.__init__",
         spec.wrap_hybrid_model_init,
-        _NEW,
+        _HYBRID,
         "puts our core attention into the stack spec and audits the built model",
     ),
     PatchPoint(
         "megatron.core.models.mamba.mamba_model.MambaModel.__init__",
         spec.wrap_mamba_model_init,
-        _OLD,
+        _MAMBA,
         "puts our core attention into the stack spec and audits the built model",
     ),
     PatchPoint(
@@ -213,7 +238,7 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     PatchPoint(
         "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function",
         recompute_parts.wrap_topk_routing,
-        _NEW,
+        since("0.18"),
         "a token's experts are added up in one order, whether its layer runs for the first time or "
         "again",
     ),

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_seqpar import compatibility
+from megatron_seqpar.compatibility import numbers
 from megatron_seqpar.errors import SeqParError
 
 MARKER = "__seqpar_original__"
@@ -32,7 +34,8 @@ class PatchPoint:
 
     symbol: dotted path of a module attribute or of a class attribute.
     build: makes the replacement from the original.
-    versions: `major.minor` of the megatron-core releases where the symbol was read and checked.
+    versions: the families of megatron-core (`compatibility.FAMILIES`) that it was checked on; one
+        symbol may have several points, for different families.
     why: what goes wrong without it; printed in the documentation's table.
     optional: the holder may be absent (a part of Megatron that ships apart from the core, or a
         class whose library is not installed).
@@ -106,16 +109,12 @@ class Patcher:
     def known_versions(self) -> list[str]:
         """The `major.minor` versions that any point was checked on, oldest first."""
         known = {version for point in self.points for version in point.versions}
-        return sorted(known, key=_numbers)
+        return sorted(known, key=numbers)
 
     def nearest_version(self) -> str:
         """The checked version that is closest to the running one."""
-        here = _numbers(self.version)[:2]
-
-        def distance(version: str) -> tuple[int, ...]:
-            return tuple(abs(a - b) for a, b in zip(_numbers(version), here, strict=False))
-
-        return min(self.known_versions(), key=distance)
+        known = self.known_versions()
+        return min(known, key=lambda version: compatibility.distance(version, self.version))
 
     def apply(self) -> None:
         """Replace every symbol of the table.
@@ -125,9 +124,8 @@ class Patcher:
         """
         if self.applied:
             return
-        family = ".".join(self.version.split(".")[:2])
         nearest = self.nearest_version()
-        if family != nearest and not self._warned:
+        if compatibility.family(self.version) != nearest and not self._warned:
             self._warned = True
             warnings.warn(
                 f"megatron_seqpar was checked on megatron-core {', '.join(self.known_versions())}; "
@@ -148,13 +146,20 @@ class Patcher:
             holder, name = resolve(point.symbol)
             current = getattr(holder, name)
         except (ImportError, AttributeError) as error:
-            absent = isinstance(error, ModuleNotFoundError) and error.name is not None
-            if point.optional and absent and f"{point.symbol}.".startswith(f"{error.name}."):
-                return
+            absent = error.name if isinstance(error, ModuleNotFoundError) else None
+            if absent is not None and f"{point.symbol}.".startswith(f"{absent}."):
+                if point.optional:
+                    return
+            elif absent is not None and not absent.startswith("megatron."):
+                raise MissingSymbolError(
+                    f"{point.symbol} cannot be imported: {error}. Megatron {self.version} needs "
+                    f"it: pip install {absent.split('.')[0]}"
+                ) from error
+            checked = compatibility.nearest(nearest).version
             raise MissingSymbolError(
                 f"megatron-core {self.version} has no {point.symbol}, which megatron_seqpar "
                 f"must replace ({point.why}). The nearest version it was checked on is "
-                f"{nearest}; install a megatron-core {nearest} release."
+                f"{checked}: pip install 'megatron-core=={checked}'"
             ) from error
         if not isinstance(holder, (type, types.ModuleType)) and point.optional:
             # Megatron stands in mock objects for libraries that are not installed.
@@ -198,14 +203,3 @@ class Patcher:
             for holder, name in item.places:
                 setattr(holder, name, item.original)
         self._applied.clear()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading integers of a version string."""
-    out: list[int] = []
-    for part in version.split("."):
-        digits = "".join(ch for ch in part if ch.isdigit())
-        if not digits:
-            break
-        out.append(int(digits))
-    return tuple(out)

@@ -192,6 +192,8 @@ def _repeats_mlp(mlp: torch.nn.Module) -> bool:
 def wrap_topk_routing(original: Callable[..., Any]) -> Callable[..., Any]:
     """Patch for `moe_utils.topk_routing_with_score_function`, which sorts with gradient on only.
 
+    So it does since 0.18; before, it always sorts.
+
     A repeated layer first runs without gradient and then with it: sums over a token's experts would
     be taken in two orders, and the loss and its gradients be those of two runs that differ by
     rounding. What is sorted here has no gradient, so nothing else changes.

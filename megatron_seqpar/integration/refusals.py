@@ -32,6 +32,7 @@ class Refusal:
     scopes: where the attribute lives; rows of the config scope also guard core attention when it
         replaces Megatron's on one rank.
     when: a further condition on the namespace or config that the attribute comes from.
+    since: the first family of megatron-core that serves it; "" where none does.
     """
 
     flag: str
@@ -41,6 +42,7 @@ class Refusal:
     alternative: str
     scopes: tuple[str, ...] = (ARGUMENTS,)
     when: Callable[[Any], bool] = lambda source: True
+    since: str = ""
 
     def found_in(self, source: Any) -> bool:
         """Whether `source` has the attribute with a value that is refused."""
@@ -51,7 +53,16 @@ class Refusal:
     def message(self, value: Any, context: str) -> str:
         """The refusal's text, e.g. '--sft True with --sequence-parallel-size 2: ...'."""
         shown = getattr(value, "name", value)
-        return f"{self.flag} {shown} with {context}: {self.reason}. {self.alternative}."
+        reason = self.reason
+        if self.since:
+            reason += f" (this is megatron-core {_running()})"
+        return f"{self.flag} {shown} with {context}: {reason}. {self.alternative}."
+
+
+def _running() -> str:
+    from megatron.core import package_info
+
+    return str(package_info.__version__)
 
 
 def is_set(value: Any) -> bool:
@@ -85,8 +96,12 @@ def _not_a_pair(value: Any) -> bool:
     )
 
 
-def _before_packed_pretraining(source: Any) -> bool:
-    """Whether the arguments are those of a Megatron older than 0.19."""
+DOCUMENTS_SINCE = "0.19"
+"""The first family of megatron-core that hands documents to attention in one place."""
+
+
+def _before_documents(source: Any) -> bool:
+    """Whether the arguments are those of a Megatron older than `DOCUMENTS_SINCE`."""
     return not hasattr(source, "dataloader_inter_document_masking")
 
 
@@ -146,18 +161,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "--sft",
         "sft",
         is_set,
-        "megatron-core before 0.19 slices packed samples elsewhere",
-        "Use megatron-core 0.19 or train on unpacked sequences",
-        when=_before_packed_pretraining,
+        f"megatron-core before {DOCUMENTS_SINCE} slices packed samples elsewhere",
+        f"Use megatron-core {DOCUMENTS_SINCE} or train on unpacked sequences",
+        when=_before_documents,
+        since=DOCUMENTS_SINCE,
     ),
     Refusal(
         "--reset-attention-mask",
         "reset_attention_mask",
         is_set,
-        "megatron-core before 0.19 makes the mask of documents as an s x s matrix",
-        "Use megatron-core 0.19 or drop --reset-attention-mask",
+        f"megatron-core before {DOCUMENTS_SINCE} makes the mask of documents as an s x s matrix",
+        f"Use megatron-core {DOCUMENTS_SINCE} or drop --reset-attention-mask",
         BOTH,
-        when=_before_packed_pretraining,
+        when=_before_documents,
+        since=DOCUMENTS_SINCE,
     ),
     Refusal(
         "--micro-batch-size",

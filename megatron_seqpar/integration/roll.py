@@ -14,6 +14,7 @@ axis-wide one, divided by P because gradients are averaged over the axis afterwa
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -153,3 +154,24 @@ def wrap_process_mtp_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
     process_mtp_loss.__doc__ = original.__doc__
     return process_mtp_loss
+
+
+def wrap_postprocess(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patch for `GPTModel._postprocess` of 0.16, which computes the MTP loss itself.
+
+    It divides by the count that `roll_tensor` returns, which is the axis-wide one here, for a loss
+    mask of integers as well.
+    """
+
+    @functools.wraps(original)
+    def _postprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _inside_mtp_loss
+        if not state.active() or not self.config.mtp_num_layers:
+            return original(self, *args, **kwargs)
+        _inside_mtp_loss = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _inside_mtp_loss = False
+
+    return _postprocess

@@ -128,12 +128,12 @@ def wrap_gpt_model_init(original: Callable[..., None]) -> Any:
 
 
 def wrap_hybrid_model_init(original: Callable[..., None]) -> Any:
-    """Patch for `HybridModel.__init__`; `MambaModel` of 0.19 derives from it."""
+    """Patch for `HybridModel.__init__`; `MambaModel` derives from it since 0.18."""
     return wrap_model_init(original, ("hybrid_stack_spec",))
 
 
 def wrap_mamba_model_init(original: Callable[..., None]) -> Any:
-    """Patch for `MambaModel.__init__` of 0.16."""
+    """Patch for `MambaModel.__init__` before 0.18."""
     return wrap_model_init(original, ("mamba_stack_spec",))
 
 

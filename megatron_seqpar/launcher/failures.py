@@ -14,9 +14,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from importlib import metadata
 from types import TracebackType
 from typing import NoReturn
 
+from megatron_seqpar.compatibility import nearest
 from megatron_seqpar.errors import SeqParError
 
 TRACEBACK_VARIABLE = "SEQPAR_TRACEBACK"
@@ -57,10 +59,25 @@ def explain(error: BaseException) -> str | None:
         return f"lost the connection to another rank, which has probably failed ({text[:200]})"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("megatron."):
+        return _missing_part(str(error.name))
     place = _raised_in_megatron(error)
     if place is not None:
         return f"{text or type(error).__name__} (Megatron, {place})"
     return None
+
+
+def _missing_part(name: str) -> str:
+    """For a part of Megatron that the installed package does not hold: where it is to be had."""
+    try:
+        version = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return f"there is no {name}, and megatron-core is not installed"
+    tag = nearest(version).tag
+    return (
+        f"megatron-core {version} holds no {name}; run the script in a Megatron-LM checkout "
+        f"({tag}), or put the checkout on PYTHONPATH"
+    )
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_seqpar import cpu_runtime
+from megatron_seqpar.compatibility import RELEASES
 from megatron_seqpar.errors import SeqParError
 
 from .argument_errors import asks_for_help, short_argument_errors, tolerant_help
@@ -72,8 +73,8 @@ def install_plugin() -> None:
     """Patch Megatron with the sequence-parallel axis; SeqParError where Megatron is missing."""
     if importlib.util.find_spec("megatron") is None:
         raise SeqParError(
-            "Megatron is not installed: pip install megatron-core==0.19.2, or run a script that "
-            "lies in a Megatron-LM checkout"
+            f"Megatron is not installed: pip install megatron-core=={RELEASES[-1].version}, or run "
+            "a script that lies in a Megatron-LM checkout"
         )
     importlib.import_module("megatron.core")
     importlib.import_module("megatron_seqpar.integration").install()

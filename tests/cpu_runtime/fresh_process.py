@@ -21,6 +21,7 @@ PRELOAD = [
     "megatron.training.initialize",
     "megatron.training.arguments",
     "megatron.core.models.hybrid.hybrid_layer_specs",
+    "megatron.core.models.mamba.mamba_layer_specs",
 ]
 
 

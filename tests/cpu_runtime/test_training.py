@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's own training loop on the CPU runtime, without the plugin."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.cpu_runtime.training import Run, train
-
-STOCK = Path(os.environ.get("MEGATRON_LM_PATH", "/nonexistent"))
-needs_stock = pytest.mark.skipif(
-    "MEGATRON_LM_PATH" not in os.environ,
-    reason="MEGATRON_LM_PATH does not name a Megatron-LM checkout",
+from tests.support.releases import (
+    CHECKOUT,
+    HYBRID_SCRIPT,
+    HYBRID_SPEC,
+    hybrid_pattern,
+    needs_checkout,
 )
 
 
@@ -70,17 +70,15 @@ def test_replicated_parameters_stay_equal_with_dropout(tp_sp: tuple[str, ...]) -
     assert float(found[2]) == 0.0
 
 
-@needs_stock
+@needs_checkout
 def test_stock_script_bf16_and_pipeline() -> None:
-    run = train(
-        2, "--pipeline-model-parallel-size", "2", "--bf16", script=STOCK / "pretrain_gpt.py"
-    )
+    script = CHECKOUT / "pretrain_gpt.py"
+    run = train(2, "--pipeline-model-parallel-size", "2", "--bf16", script=script)
     assert run.losses[4] < run.losses[1]
 
 
-@needs_stock
+@needs_checkout
 def test_stock_hybrid_script_gives_the_losses_of_the_same_gpt(one_rank: Run) -> None:
-    spec = ("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec")
-    pattern = ("--num-layers", "4", "--hybrid-layer-pattern", "*-*-")
-    run = train(1, *pattern, "--spec", *spec, script=STOCK / "pretrain_hybrid.py")
+    pattern = ("--num-layers", "4", *hybrid_pattern("*-*-"))
+    run = train(1, *pattern, "--spec", *HYBRID_SPEC, script=CHECKOUT / HYBRID_SCRIPT)
     assert_same_losses(run, one_rank)

@@ -313,19 +313,25 @@ def cpu_flags() -> None:
 
 @check
 def hybrid_layers() -> None:
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
+    except ModuleNotFoundError:  # before megatron-core 0.18
+        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as spec
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    attention = hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
+    attention = spec.submodules.attention_layer.submodules.self_attention
     assert attention.submodules.linear_qkv is ColumnParallelLinear
 
 
 @check
 def hybrid_final_norm() -> None:
-    from megatron.core.models.hybrid import hybrid_block
+    try:
+        from megatron.core.models.hybrid import hybrid_block as block
+    except ImportError:  # before megatron-core 0.18
+        from megatron.core.ssm import mamba_block as block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    assert hybrid_block.TENorm is WrappedTorchNorm
+    assert block.TENorm is WrappedTorchNorm
 
 
 def _stand_ins() -> None:

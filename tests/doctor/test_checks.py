@@ -152,7 +152,8 @@ def test_torch(facts: dict[str, Any], status: str, text: str, fix: str | None) -
     ("facts", "status", "fix"),
     [
         ({"version": "0.19.2", "training_error": None}, "ok", None),
-        ({"version": "0.17.0", "training_error": None}, "warning", "'megatron-core==0.19.2'"),
+        ({"version": "0.17.1", "training_error": None}, "ok", None),
+        ({"version": "0.15.3", "training_error": None}, "warning", "'megatron-core==0.19.2'"),
         ({"version": "0.19.0", "training_error": "No module"}, "warning", "'megatron-core=="),
         ({"error": "ModuleNotFoundError: ...", "module": "megatron"}, "problem", "pip install 'm"),
         ({"error": "MissingSymbolError: megatron-core 0.30 has no x"}, "problem", "--force-re"),

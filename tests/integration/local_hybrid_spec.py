@@ -2,13 +2,13 @@
 """A hybrid stack of attention and MLP layers without Transformer Engine.
 
 Stock hybrid specs are written for Transformer Engine; on a machine without GPUs this one stands
-in: `--spec local_hybrid_spec hybrid_stack_spec`.
+in: `--spec local_hybrid_spec hybrid_stack_spec`. Before megatron-core 0.18 it is one of MambaStack.
 """
 
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -23,6 +23,13 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+try:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
+    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules as StackSubmodules
+except ModuleNotFoundError:
+    from megatron.core.ssm.mamba_block import MambaStack as Stack
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules as StackSubmodules
+
 _attention = SelfAttentionSubmodules(
     linear_qkv=ColumnParallelLinear,
     core_attention=DotProductAttention,
@@ -30,11 +37,14 @@ _attention = SelfAttentionSubmodules(
     q_layernorm=IdentityOp,
     k_layernorm=IdentityOp,
 )
-_mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_mlp: Any = ModuleSpec(module=MLP, submodules=_linears)
+if hasattr(MLP, "as_mlp_submodule"):
+    _mlp = partial(MLP.as_mlp_submodule, submodules=_linears)
 
 hybrid_stack_spec = ModuleSpec(
-    module=HybridStack,
-    submodules=HybridStackSubmodules(
+    module=Stack,
+    submodules=StackSubmodules(
         attention_layer=ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
@@ -51,7 +61,7 @@ hybrid_stack_spec = ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(
                 pre_mlp_layernorm=WrappedTorchNorm,
-                mlp=partial(MLP.as_mlp_submodule, submodules=_mlp),
+                mlp=_mlp,
                 mlp_bda=get_bias_dropout_add,
             ),
         ),

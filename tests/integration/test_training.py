@@ -6,7 +6,6 @@ Each comparison is of parameter gradients: a loss hides a gradient that is off b
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from tests.integration.dump_gradients import compare
 from tests.integration.runs import MODEL, Run, launch, trained
+from tests.support.releases import CHECKOUT, HYBRID_SCRIPT, hybrid_pattern, needs_checkout
 
 pytest.importorskip("megatron.training")
 
@@ -23,7 +23,6 @@ MOE = shlex.split(
     "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3 "
     "--moe-token-dispatcher-type alltoall"
 )
-CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 
 
 def same(ours: Run, reference: Run, gradients: Path, reference_gradients: Path) -> None:
@@ -69,10 +68,10 @@ def both(tmp_path, *arguments: str, processes: int = 1, **options) -> None:
     reference = trained(launch(processes, *arguments, dump=alone, **options))
     ours = trained(launch(2 * processes, *SP2, *arguments, dump=split, **options))
     same(ours, reference, split, alone)
-    hybrid = "--hybrid-layer-pattern" in arguments
+    hybrid = "local_hybrid_spec" in arguments
     for run, ranks in ((reference, processes), (ours, 2 * processes)):
         assert run.text.count(f"run of 3 steps on {ranks} ranks") == 1
-        assert ("unknown: --hybrid-layer-pattern *-*-:" in run.text) == hybrid
+        assert ("-pattern *-*-: layers of hybrid models are not counted" in run.text) == hybrid
 
 
 def test_masked_tokens_gathered_on_one_rank(tmp_path):
@@ -102,12 +101,23 @@ def test_latent_attention(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHECKOUT is None, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+@needs_checkout
 def test_hybrid_model(tmp_path):
     at = MODEL.index("--num-layers")
     model = MODEL[:at] + MODEL[at + 2 :]
-    spec = ("--spec", "local_hybrid_spec", "hybrid_stack_spec", "--hybrid-layer-pattern", "*-*-")
-    both(tmp_path, *spec, model=model, script=Path(str(CHECKOUT)) / "pretrain_hybrid.py")
+    spec = ("--spec", "local_hybrid_spec", "hybrid_stack_spec", *hybrid_pattern("*-*-"))
+    both(tmp_path, *spec, model=model, script=CHECKOUT / HYBRID_SCRIPT)
+
+
+@pytest.mark.slow
+@needs_checkout
+def test_the_stock_script_trains_like_stock_megatron(tmp_path):
+    """Megatron's own script, unmodified: without the plugin on one rank, with the axis on two."""
+    alone, split = tmp_path / "alone.pt", tmp_path / "split.pt"
+    script = CHECKOUT / "pretrain_gpt.py"
+    reference = trained(launch(1, script=script, dump=alone, plugin=False))
+    ours = trained(launch(2, *SP2, script=script, dump=split))
+    same(ours, reference, split, alone)
 
 
 def test_checkpoints_go_through_stock_megatron_and_back(tmp_path, one_rank):

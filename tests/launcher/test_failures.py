@@ -49,6 +49,17 @@ def test_errors_of_the_plugin_take_their_text() -> None:
     assert explain(UnsupportedError("--fp8-format needs a GPU")) == "--fp8-format needs a GPU"
 
 
+def test_a_part_that_the_package_lacks_is_said_to_be_in_a_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The package of megatron-core 0.16 has no `megatron.training`."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.16.1")
+    text = str(explain(ModuleNotFoundError("No module", name="megatron.training")))
+    assert "megatron-core 0.16.1 holds no megatron.training" in text
+    assert "checkout (core_v0.16.1)" in text
+    assert explain(ModuleNotFoundError("No module", name="mine")) is None
+
+
 def test_a_lost_peer_is_recognised() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     assert lost_peer(gone)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that a release of megatron-core has nothing for."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from megatron_seqpar.compatibility import numbers
+
+try:
+    INSTALLED = version("megatron-core")
+except PackageNotFoundError:
+    INSTALLED = "0"
+
+CHECKOUT = Path(os.environ.get("MEGATRON_LM_PATH", "/nonexistent")).absolute()
+needs_checkout = pytest.mark.skipif(
+    "MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout"
+)
+
+
+def at_least(family: str) -> bool:
+    """Whether the installed megatron-core is of this family or newer."""
+    return numbers(INSTALLED) >= numbers(family)
+
+
+def since(family: str, what: str) -> pytest.MarkDecorator:
+    """Skips on megatron-core before `family`, which does not have `what`."""
+    return pytest.mark.skipif(
+        not at_least(family), reason=f"megatron-core {INSTALLED} is older than {family}: no {what}"
+    )
+
+
+def checkout_version() -> str:
+    """The version of megatron-core in the checkout, e.g. '0.18.2'."""
+    text = (CHECKOUT / "megatron" / "core" / "package_info.py").read_text()
+    found = (re.search(rf"^{name} = (\d+)", text, re.M) for name in ("MAJOR", "MINOR", "PATCH"))
+    return ".".join(match[1] for match in found if match is not None)
+
+
+HYBRID_SCRIPT = "pretrain_hybrid.py" if at_least("0.18") else "pretrain_mamba.py"
+HYBRID_SPEC = (
+    ("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec")
+    if at_least("0.18")
+    else ("megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec")
+)
+
+
+def hybrid_pattern(pattern: str) -> tuple[str, ...]:
+    """The flags that give the layers of a hybrid model."""
+    if at_least("0.17"):
+        return ("--hybrid-layer-pattern", pattern)
+    return ("--num-layers", str(len(pattern)), "--hybrid-override-pattern", pattern)

@@ -72,6 +72,17 @@ def test_every_picture_of_the_docs_is_shown() -> None:
     assert sorted(path.name for path in DOCS.rglob("*.png") if path.resolve() not in shown) == []
 
 
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    sources = [path.read_text("utf-8") for path in (REPOSITORY / "megatron_seqpar").rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # literals over several lines, joined
+    rows = re.findall(r"^\| `([^`]+)` \| ", (DOCS / "troubleshooting.md").read_text("utf-8"), re.M)
+    assert len(rows) >= 8
+    placeholders = r"--FLAG value|--[xy]\b\??|'[\w]+'|\b[A-Z]\b|\.\.\."
+    for row in rows:
+        for part in re.split(placeholders, row):
+            assert part.strip(" :") in code, (row, part)
+
+
 def options_of(words: list[str]) -> set[str]:
     """The options that a command line of ours may have."""
     command = typer.main.get_command(app)

@@ -204,13 +204,12 @@ def made_anew(page: str, text: str) -> str:
 
         return tables.rewrite(text)
     for name, make in PAGES[page].items():
-        marks = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        part = make()
-        text, count = re.subn(
-            marks, lambda found, part=part: found[1] + part + found[2], text, flags=re.DOTALL
-        )
-        if count != 1:
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, found, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found and found_end):
             raise ValueError(f"docs/{page} has no marks for the part {name!r}")
+        text = before + begin + make() + end + after
     return text
 
 

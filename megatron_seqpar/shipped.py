@@ -21,8 +21,7 @@ def pretraining_script() -> Path:
 
 def model_names() -> tuple[str, ...]:
     """Names of the model files that come with the package."""
-    folder = next((root / "configs" / "models" for root in _ROOTS if _has_models(root)), None)
-    return () if folder is None else tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+    return _names("models")
 
 
 def model_file(name_or_path: str | Path, option: str = "--model") -> Path:
@@ -30,19 +29,39 @@ def model_file(name_or_path: str | Path, option: str = "--model") -> Path:
 
     Raises SeqParError, which names `option`, where there is no such file.
     """
-    if str(name_or_path) in model_names():
-        return _found(f"configs/models/{name_or_path}.yaml", option)
+    return _named("models", "model", name_or_path, option)
+
+
+def run_names() -> tuple[str, ...]:
+    """Names of the run files (pretrain-..., compare-..., sweep-...) that come with the package."""
+    return _names("runs")
+
+
+def run_file(name_or_path: str | Path, option: str = "--config") -> Path:
+    """The file of a run in configs/runs by its name, or the path of another YAML file.
+
+    Raises SeqParError, which names `option`, where there is no such file.
+    """
+    return _named("runs", "run", name_or_path, option)
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    """Names of the files of one folder of configs."""
+    folders = (root / "configs" / kind for root in _ROOTS)
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return () if folder is None else tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def _named(kind: str, what: str, name_or_path: str | Path, option: str) -> Path:
+    if str(name_or_path) in _names(kind):
+        return _found(f"configs/{kind}/{name_or_path}.yaml", option)
     path = Path(name_or_path)
     if path.is_file():
         return path
     raise SeqParError(
-        f"{option} {name_or_path}: no such file; name one, or a model that comes with the package: "
-        f"{', '.join(model_names())}"
+        f"{option} {name_or_path}: no such file; name one, or a {what} that comes with the "
+        f"package: {', '.join(_names(kind))}"
     )
-
-
-def _has_models(root: Path) -> bool:
-    return (root / "configs" / "models").is_dir()
 
 
 def _found(name: str, otherwise: str) -> Path:

@@ -7,6 +7,7 @@
 #   SEQPAR_PYTHON       the Python to build it from                  (default: the first 3.12 found)
 #   SEQPAR_SYSTEM_SITE  1: use the packages of that Python (torch of a container image) as they
 #                       are; 0: install everything; auto: 1 in NVIDIA's PyTorch images, else 0
+#   SEQPAR_PINS         versions in place of the tested ones: "megatron-core==0.18.2 typer==0.29.1"
 
 SEQPAR_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SEQPAR_VENV="${SEQPAR_VENV:-$SEQPAR_REPO/.venv}"
@@ -73,7 +74,8 @@ seqpar_system_site() {
 # Print a hash of all that decides what is installed, extras apart.
 # $1: Python, $2: system site 0|1
 seqpar_stamp() {
-    "$1" - "$SEQPAR_REPO" "$2" <<'PYTHON'
+    # shellcheck disable=SC2086 # several pins are several words
+    "$1" - "$SEQPAR_REPO" "$2" ${SEQPAR_PINS:-} <<'PYTHON'
 import hashlib
 import pathlib
 import sys
@@ -90,19 +92,25 @@ PYTHON
 # With the image's packages in use, each of them is pinned to the version it has, so that pip
 # never replaces the image's torch or what was compiled against it.
 seqpar_constraints() {
-    "$1" - "$SEQPAR_REPO/requirements/constraints.txt" "$2" <<'PYTHON'
+    # shellcheck disable=SC2086 # several pins are several words
+    "$1" - "$SEQPAR_REPO/requirements/constraints.txt" "$2" ${SEQPAR_PINS:-} <<'PYTHON'
 import importlib.metadata
 import re
 import sys
 
 lines = [line.strip() for line in open(sys.argv[1], encoding="utf-8")]
 pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+spelt = {re.sub(r"[-_.]+", "-", name).lower(): name for name in pins}
+for pin in sys.argv[3:]:
+    name, equals, version = pin.partition("==")
+    if not equals or not version:
+        sys.exit(f"SEQPAR_PINS: {pin}: write NAME==VERSION")
+    pins[spelt.get(re.sub(r"[-_.]+", "-", name).lower(), name)] = version
 if sys.argv[2] == "1":
-    normal = {re.sub(r"[-_.]+", "-", name).lower(): name for name in pins}
     for package in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
-        if name in normal:
-            pins[normal[name]] = package.version
+        if name in spelt:
+            pins[spelt[name]] = package.version
 print("\n".join(f"{name}=={version}" for name, version in sorted(pins.items())))
 PYTHON
 }
@@ -147,14 +155,16 @@ seqpar_setup() {
     fi
 
     constraints="$SEQPAR_VENV/.seqpar-constraints.txt"
-    seqpar_constraints "$SEQPAR_VENV/bin/python" "$system_site" >"$constraints"
+    seqpar_constraints "$SEQPAR_VENV/bin/python" "$system_site" >"$constraints" || exit 1
     seqpar_say "environment: installing megatron_seqpar[$extras] (torch is large: the first time takes minutes)"
     # In an image, PIP_CONSTRAINT holds the image's own pins: ours already carry those versions.
     env -u PIP_CONSTRAINT "$SEQPAR_VENV/bin/python" -m pip install \
         --constraint "$constraints" --editable "${SEQPAR_REPO}[$extras]" ||
         seqpar_fail "the installation stopped; run the same command again, it continues from there"
-    local covered=("$extras")
-    [[ "$extras" == dev ]] && covered+=(plot) # dev asks for all that plot asks for
+    local covered
+    IFS=, read -ra covered <<<"$extras"
+    [[ ",$extras," == *,dev,* ]] && covered+=(plot docs) # dev asks for all that these ask for
+    [[ "$extras" == *,* ]] && covered+=("$extras")
     for extras in "${covered[@]}"; do
         printf '%s\n' "$stamp" >"$stamp_file.new"
         mv "$stamp_file.new" "$SEQPAR_VENV/.seqpar-installed-$extras"

@@ -36,8 +36,8 @@ fi
 # tests that compute in their own process share two workers; the others start ranks of their own,
 # with time limits, and run one after the other
 alone=(tests/attention tests/memory tests/simulate tests/commands tests/data tests/telemetry)
-alone+=(tests/mfu tests/experiments tests/sweep tests/planner tests/doctor tests/bench)
-alone+=(tests/test_repository.py)
+alone+=(tests/mfu tests/experiments tests/sweep tests/planner tests/doctor tests/bench tests/docs)
+alone+=(tests/configs tests/scripts tests/package tests/test_repository.py)
 status=0
 "${pytest[@]}" -n 2 --dist loadfile "${alone[@]}" || status=$?
 "${pytest[@]}" "${alone[@]/#/--ignore=}" || status=$?

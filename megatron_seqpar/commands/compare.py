@@ -11,7 +11,9 @@ import typer
 
 
 def compare(
-    config: Annotated[Path, typer.Argument(help="What to compare: a file as in configs/runs.")],
+    config: Annotated[
+        Path, typer.Argument(help="What to compare: a name in configs/runs, or such a file.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of rows, logs and results; runs/compare/NAME.")
     ] = None,
@@ -38,7 +40,9 @@ def compare(
     from megatron_seqpar.compare.config import CompareConfig
     from megatron_seqpar.compare.run import run_comparison
     from megatron_seqpar.experiments.setting import read_setting
+    from megatron_seqpar.shipped import run_file
 
+    config = run_file(config, "compare")
     folder = output or Path("runs") / "compare" / config.stem
     run_comparison(
         read_setting(CompareConfig, config),

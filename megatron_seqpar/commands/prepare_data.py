@@ -23,20 +23,29 @@ def prepare_data(
     json_key: Annotated[
         str, typer.Option(help="Key of the text in each line of --input.")
     ] = "text",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A Hugging Face tokenizer: a model's name or a folder; default: bytes as tokens."
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="Write even if nothing changed.")] = False,
 ) -> None:
-    """Build a byte-level corpus with Megatron's indexed-dataset builder."""
+    """Build a corpus with Megatron's indexed-dataset builder; one token a byte by default."""
     from megatron_seqpar.data import (
+        Bytes,
+        HuggingFace,
         JsonLines,
         Source,
         StandardLibrary,
+        Tokens,
         prepare_corpus,
-        tokenizer_arguments,
     )
 
     console = Console()
     try:
         source: Source = StandardLibrary() if input is None else JsonLines(input, json_key)
+        tokens: Tokens = Bytes() if tokenizer is None else HuggingFace(tokenizer)
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("corpus", total=source.size)
             corpus = prepare_corpus(
@@ -44,6 +53,7 @@ def prepare_data(
                 output_prefix,
                 key=json_key,
                 fresh=fresh,
+                tokens=tokens,
                 on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
     except SeqParError as error:
@@ -59,5 +69,5 @@ def prepare_data(
         console.print(f"left out {corpus.empty:,} documents without text")
     if corpus.dropped_nul:
         console.print(f"took {corpus.dropped_nul:,} NUL characters out of the text")
-    arguments = ["--data-path", corpus.data_path, *tokenizer_arguments()]
+    arguments = ["--data-path", corpus.data_path, *tokens.arguments()]
     console.print(f"train on it with: {shlex.join(arguments)}", highlight=False, soft_wrap=True)

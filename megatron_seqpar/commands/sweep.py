@@ -10,7 +10,9 @@ import typer
 
 
 def sweep(
-    space: Annotated[Path, typer.Argument(help="What to sweep: a file as in configs/runs.")],
+    space: Annotated[
+        Path, typer.Argument(help="What to sweep: a name in configs/runs, or such a file.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of rows, logs, CSV and picture; runs/sweep/NAME.")
     ] = None,
@@ -28,8 +30,10 @@ def sweep(
     Writes OUTPUT/sweep.csv after every row: status, step time, MFU, memory, bytes, versions. It is
     what `megatron-seqpar plan calibrate` reads. Interrupted, the same command goes on where it was.
     """
+    from megatron_seqpar.shipped import run_file
     from megatron_seqpar.sweep.run import run_sweep
 
+    space = run_file(space, "sweep")
     run_sweep(
         space,
         output or Path("runs") / "sweep" / space.stem,

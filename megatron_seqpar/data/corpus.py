@@ -1,39 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents to Megatron's indexed dataset, one token a byte.
-
-Tokens are the 256 byte values of UTF-8 text; byte 0, which text does not use, ends a document.
-Stock Megatron serves such ids with its `NullTokenizer`, so no tokenizer file is needed.
-"""
+"""Documents to Megatron's indexed dataset, one token a byte where no tokenizer is named."""
 
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_seqpar.data.documents import Source
+from megatron_seqpar.data.documents import Document, Source
+from megatron_seqpar.data.tokens import BYTE_END, BYTE_VOCABULARY, Bytes, Tokens
 from megatron_seqpar.errors import SeqParError
 
-VOCABULARY_SIZE = 256
-END_OF_DOCUMENT = 0
+VOCABULARY_SIZE = BYTE_VOCABULARY
+END_OF_DOCUMENT = BYTE_END
+TOGETHER = 64
+"""Documents whose ids are made together: tokenizers share them out over threads."""
 FORMAT = 1  # raise it when the same documents would be written differently
 
 
 def tokenizer_arguments() -> list[str]:
-    """Megatron's arguments for a corpus made here."""
-    return [
-        "--tokenizer-type",
-        "NullTokenizer",
-        "--vocab-size",
-        str(VOCABULARY_SIZE),
-        "--null-tokenizer-eod-id",
-        str(END_OF_DOCUMENT),
-    ]
+    """Megatron's arguments for a corpus of bytes."""
+    return Bytes().arguments()
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ def prepare_corpus(
     key: str = "text",
     fresh: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    tokens: Tokens | None = None,
 ) -> Corpus:
     """Write `<output_prefix>_<key>_document.{bin,idx}`, or reuse them when nothing changed.
 
@@ -69,13 +60,15 @@ def prepare_corpus(
         key: second part of the file names (Megatron's own preprocessing names files so).
         fresh: write even when an unchanged corpus is there.
         on_progress: called with (bytes read, bytes in all).
+        tokens: how ids are made of text; default: one a byte.
     Raises:
         SeqParError: the source is unreadable or holds no text; nothing is left behind.
     """
     prefix = Path(f"{os.fspath(output_prefix)}_{key}_document")
     binary, index = _with_ending(prefix, ".bin"), _with_ending(prefix, ".idx")
     record = _with_ending(prefix, ".json")
-    fingerprint = {"format": FORMAT, **source.fingerprint()}
+    tokens = tokens or Bytes()
+    fingerprint = {"format": FORMAT, **source.fingerprint(), **tokens.fingerprint()}
     if not fresh:
         found = _read_record(record, fingerprint, binary, index)
         if found is not None:
@@ -87,7 +80,7 @@ def prepare_corpus(
         path.with_name(path.name + suffix) for path in (binary, index, record)
     )
     try:
-        corpus = _write(source, prefix, partial_binary, partial_index, on_progress)
+        corpus = _write(source, tokens, prefix, partial_binary, partial_index, on_progress)
         written = {
             "fingerprint": fingerprint,
             "sizes": [partial_binary.stat().st_size, partial_index.stat().st_size],
@@ -126,6 +119,7 @@ def _read_record(
 
 def _write(
     source: Source,
+    tokens: Tokens,
     prefix: Path,
     binary: Path,
     index: Path,
@@ -139,25 +133,34 @@ def _write(
         import torch
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(binary), dtype=DType.optimal_dtype(VOCABULARY_SIZE))
-    documents = tokens = longest = empty = dropped_nul = 0
+    builder = IndexedDatasetBuilder(str(binary), dtype=DType.optimal_dtype(tokens.vocabulary))
+    documents = count = longest = empty = dropped_nul = 0
     total = source.size
-    for document in source.documents():
-        ids = np.frombuffer(document.text.encode("utf-8", errors="replace"), dtype=np.uint8)
-        kept = ids[ids != END_OF_DOCUMENT]
-        dropped_nul += len(ids) - len(kept)
-        if len(kept) == 0:
-            empty += 1
-            continue
-        item = np.append(kept, np.uint8(END_OF_DOCUMENT))
-        builder.add_item(torch.from_numpy(item))
-        builder.end_document()
-        documents += 1
-        tokens += len(item)
-        longest = max(longest, len(item))
+    for group in _groups(source.documents()):
+        for ids, dropped in tokens.encode([document.text for document in group]):
+            dropped_nul += dropped
+            if len(ids) == 0:
+                empty += 1
+                continue
+            builder.add_item(torch.from_numpy(ids))
+            builder.end_document()
+            documents += 1
+            count += len(ids)
+            longest = max(longest, len(ids))
         if on_progress is not None:
-            on_progress(document.position, total)
+            on_progress(group[-1].position, total)
     builder.finalize(str(index))
     if documents == 0:
         raise SeqParError("the input holds no text: not one document with at least one character")
-    return Corpus(str(prefix), documents, tokens, longest, empty, dropped_nul)
+    return Corpus(str(prefix), documents, count, longest, empty, dropped_nul)
+
+
+def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_seqpar import config as settings
 from megatron_seqpar.config import AUTO, SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import documents, lengths, refusals, state
+from megatron_seqpar.integration import documents, fused_parts, lengths, refusals, state
 from megatron_seqpar.integration.refusals_by_setting import refuse_by_setting
 
 _FOLDED = "seqpar_folded"
@@ -123,12 +123,14 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if not config.active:
             refusals.refuse(args, context(config), refusals.CONFIG)
             result = original(args, *rest, **kwargs)
+            fused_parts.check(args)
             plan.check(args, config)
             return result
         _refuse_late(args, config)
         result = _validate_without_pairing(original, args, rest, kwargs, config)
         _refuse_late(args, config)
         refuse_by_setting(args, config, refusals.ARGUMENTS)
+        fused_parts.check(args)
         plan.check(args, config)
         return result
 

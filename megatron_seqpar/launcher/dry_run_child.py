@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from .script import enter_folder_of, existing_script, install_plugin
 
 HOPPER = (9, 0)
 _PLAIN = (bool, int, float, str, type(None))
+_ENGINE = re.compile(r"\bTE\b|transformer.?engine", re.IGNORECASE)
+_OF_THE_CHECK = ("rank", "seqpar_folded")  # what says nothing of the run
 
 
 class _Parsed(BaseException):
@@ -35,7 +38,7 @@ class _Parsed(BaseException):
 
     def __init__(self, args: Any) -> None:
         super().__init__()
-        self.args = args
+        self.namespace = args  # `args` is an exception's own
 
 
 def main() -> None:
@@ -50,6 +53,9 @@ def main() -> None:
     enter_folder_of(existing_script(orders[0]["script"]))  # it may be a Megatron-LM checkout's
     if asked["plugin"]:
         install_plugin()
+        from megatron_seqpar.integration import fused_parts
+
+        fused_parts.check = lambda args: None  # this machine need not have what the run's has
     _stop_after_parsing()
     defaults = _defaults()
     answers = [_answer(order, defaults, plugin=asked["plugin"]) for order in orders]
@@ -157,9 +163,9 @@ def _answer(order: dict[str, Any], defaults: dict[str, Any], *, plugin: bool) ->
             try:
                 runpy.run_path(str(script), run_name="__main__")
             except _Parsed as parsed:
-                _build_config(parsed.args)
-                answer["resolved"] = _resolved(parsed.args, defaults)
-                answer["notes"] = _missing_here(parsed.args)
+                answer["resolved"] = _resolved(parsed.namespace, defaults)
+                answer["notes"] = _missing_here(parsed.namespace)
+                answer["notes"] += _build_config(parsed.namespace)
             else:
                 answer["error"] = (
                     "--dry-run: the script ended without parsing Megatron's arguments, so nothing "
@@ -175,15 +181,35 @@ def _answer(order: dict[str, Any], defaults: dict[str, Any], *, plugin: bool) ->
     return answer
 
 
-def _build_config(args: Any) -> None:
-    """Megatron's model configuration, whose own checks come after those of the arguments."""
+def _build_config(args: Any) -> list[str]:
+    """Megatron's model configuration, whose own checks come after those of the arguments.
+
+    What it refuses for want of Transformer Engine, where the run has it and this machine has not,
+    is a note.
+    """
     for name in ("megatron.training.argument_utils", "megatron.training.arguments"):
         if importlib.util.find_spec(name) is None:
             continue
         build = getattr(importlib.import_module(name), "core_transformer_config_from_args", None)
-        if build is not None:
-            build(args)
-            return
+        if build is None:
+            continue
+        lacking = _lacks_engine(args)
+        try:
+            # the one thing of the engine that is on by default
+            build(argparse.Namespace(**{**vars(args), "apply_rope_fusion": False})
+                  if lacking else args)  # fmt: skip
+        except (ImportError, AssertionError, ValueError) as error:
+            if not (lacking and _ENGINE.search(str(error))):
+                raise
+            return [f"not checked for want of Transformer Engine: {error}"]
+        return []
+    return []
+
+
+def _lacks_engine(args: Any) -> bool:
+    """Whether layers are Transformer Engine's, which is not installed here."""
+    wanted = getattr(args, "transformer_impl", None) == "transformer_engine"
+    return wanted and importlib.util.find_spec("transformer_engine") is None
 
 
 def _resolved(args: Any, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +217,9 @@ def _resolved(args: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value if isinstance(value, _PLAIN) else str(value)
         for name, value in sorted(vars(args).items())
-        if (name not in defaults or defaults[name] != value) and not name.startswith("_")
+        if (name not in defaults or defaults[name] != value)
+        and not name.startswith("_")
+        and name not in _OF_THE_CHECK
     }
 
 
@@ -201,8 +229,7 @@ def _missing_here(args: Any) -> list[str]:
     for prefix in getattr(args, "data_path", None) or []:
         if not _is_number(prefix) and not Path(f"{prefix}.idx").is_file():
             notes.append(f"--data-path {prefix}: there is no {prefix}.idx here")
-    wants_engine = getattr(args, "transformer_impl", None) == "transformer_engine"
-    if wants_engine and importlib.util.find_spec("transformer_engine") is None:
+    if _lacks_engine(args):
         notes.append(
             "--transformer-impl transformer_engine: Transformer Engine is not installed here"
         )

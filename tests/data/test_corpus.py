@@ -7,7 +7,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from typer.testing import CliRunner
 
 from megatron_seqpar.commands.prepare_data import prepare_data
-from megatron_seqpar.data import Corpus, JsonLines, prepare_corpus, tokenizer_arguments
+from megatron_seqpar.data import (
+    Corpus,
+    HuggingFace,
+    JsonLines,
+    prepare_corpus,
+    tokenizer_arguments,
+)
 from megatron_seqpar.errors import SeqParError
 
 
@@ -119,3 +125,58 @@ def test_command(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, [*options, "--json-key", "body"])
     assert failed.exit_code == 1
     assert "no key 'body'" in failed.output
+
+
+def test_any_hugging_face_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer trained here, read back by Megatron's own class of that name."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ["the cat sat on the mat", "the hat of the cat, é", ""]
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    folder = tmp_path / "tokenizer"
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>"
+    )
+    whole.save_pretrained(folder)
+    assert len(whole) > 256, "ids that no byte has"
+
+    import typer
+
+    app = typer.Typer()
+    app.command()(prepare_data)
+    source = jsonl(tmp_path / "in.jsonl", *texts)
+    options = ["--input", str(source.path), "--output-prefix", str(tmp_path / "c")]
+    done = CliRunner().invoke(app, [*options, "--tokenizer", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "2 documents" in done.output
+    assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}" in done.output
+    made = prepare_corpus(source, tmp_path / "c", tokens=HuggingFace(str(folder)))
+    assert made.reused
+    assert not prepare_corpus(source, tmp_path / "c").reused, "bytes are another corpus"
+    corpus = prepare_corpus(source, tmp_path / "d", tokens=HuggingFace(str(folder)))
+    theirs = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "huggingface"}, tokenizer_path=str(folder)
+    )
+    expected = [[*theirs.tokenize(text), theirs.eod] for text in texts[:2]]
+    assert tokens(corpus) == expected
+    assert [ids[0] for ids in expected] == [0, 0]
+
+
+def test_a_tokenizer_that_cannot_be_had(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(SeqParError, match=r"--tokenizer .*nothing-here: neither a model"):
+        HuggingFace(str(tmp_path / "nothing-here"))

@@ -47,7 +47,7 @@ def test_help_is_fast_and_needs_no_torch() -> None:
 
 def test_a_model_file_goes_before_the_scripts_own_arguments() -> None:
     status, output, _ = invoke(
-        *("run", "--device", "cpu", "--dry-run", "--model", "llama3-8b"),
+        *("run", "--device", "cpu", "--dry-run", "--no-check", "--model", "llama3-8b"),
         *("train.py", "--num-layers", "2"),
     )
     assert status == 0
@@ -63,7 +63,7 @@ def test_a_model_file_goes_before_the_scripts_own_arguments() -> None:
 
 def test_dry_run_prints_the_torchrun_command() -> None:
     status, output, _ = invoke(
-        *("run", "--nproc", "4", "--device", "cpu", "--dry-run"),
+        *("run", "--nproc", "4", "--device", "cpu", "--dry-run", "--no-check"),
         *("train.py", "--lr", "1e-3", "--note", "two words", "--help"),
     )
     assert status == 0
@@ -77,7 +77,8 @@ def test_dry_run_prints_the_torchrun_command() -> None:
 def test_options_of_torchrun_are_passed_on() -> None:
     options = "--nnodes 2 --node-rank 1 --master-addr host7 --master-port 29511"
     status, output, _ = invoke(
-        "run", "--nproc", "8", "--torchrun-args", options, "--no-plugin", "--dry-run", "t.py"
+        *("run", "--nproc", "8", "--torchrun-args", options, "--no-plugin"),
+        *("--dry-run", "--no-check", "t.py"),
     )
     assert status == 0
     words = shlex.split(output)
@@ -94,6 +95,27 @@ def test_standalone_unless_a_meeting_point_is_named() -> None:
     assert "--standalone" not in torchrun_arguments(
         "t.py", [], 2, torchrun_args=["--rdzv-endpoint=h:1"]
     )
+
+
+def test_several_nodes_without_a_file() -> None:
+    status, output, _ = invoke(
+        *("run", "--nodes", "2", "--node-rank", "1", "--master-addr", "n0", "--nproc", "4"),
+        *("--dry-run", "--no-check", "t.py"),
+    )
+    assert status == 0
+    assert shlex.split(output)[3:8] == [
+        *("--nnodes=2", "--node-rank=1", "--master-addr=n0", "--master-port=29500"),
+        "--nproc-per-node=4",
+    ]
+
+
+def test_a_dry_run_checks_a_script_that_is_there() -> None:
+    status, _, error = invoke("run", "--dry-run", "no/such.py")
+    assert status == 1
+    assert "script 'no/such.py' does not exist" in str(error)
+    status, _, error = invoke("run")
+    assert status == 1
+    assert "SCRIPT is missing" in str(error)
 
 
 def test_a_missing_script_is_named() -> None:

@@ -59,6 +59,7 @@ FAMILIES = {
     "llama2-gqa": Family("llama2-7b-gqa.yaml", 5_933_109_248),
     "llama2-33-heads": Family("llama2-33-heads.yaml", 7_018_197_120),
     "llama3": Family("llama3-8b.yaml", 8_030_261_248),
+    "llama3-70b": Family("llama3-70b.yaml", 70_553_706_496),
     "qwen2.5": Family("qwen2.5-7b.yaml", 7_615_616_512),
     "qwen3": Family("qwen3-8b.yaml", 8_190_735_360),
     "mistral": Family("mistral-7b.yaml", 7_241_732_096),

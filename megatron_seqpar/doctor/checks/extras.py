@@ -17,7 +17,7 @@ GIVES = {
     "hf": "Hugging Face tokenizers",
 }
 ON_GPUS = ("gpu", "te", "flash")
-_FOR_PROJECT_ITSELF = ("dev", "docs", "all")
+_FOR_PROJECT_ITSELF = ("dev", "docs", "package", "all")
 
 
 def check(asked: Asked, machine: Machine) -> Finding:

@@ -28,7 +28,9 @@ PAGES = {
 """Page of the repository -> where it is on the site."""
 RESULTS = "benchmarks/results"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
-ROW = re.compile(r"`[^`\n|]*\\\|[^`\n]*`")
+BLOCK = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"(?<!`)(`--[\w-]+`)(?!`)")
+BAR = re.compile(r"`[^`\n|]*\\\|[^`\n]*`")
 MARK = re.compile(r"^<!-- [\w-]+: (?:begin|end) -->$", re.MULTILINE)
 
 
@@ -44,16 +46,21 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn the links of a page, and take out what the site's parser would show.
+    """The page as the site's parser wants it; blocks of code stay as they are.
 
-    That is the marks around generated parts, and the backslash before a bar in a table's code.
+    Links are turned; flags are kept on one line; the marks around generated parts are taken out,
+    and so is the backslash before a bar in a table's code, which the parser would show.
     """
     here = page.file.src_uri
     sources = {target: source for source, target in PAGES.items()}
     source = sources.get(here, f"docs/{here}")
-    markdown = LINK.sub(lambda link: turned(link, source, here), markdown)
-    markdown = ROW.sub(lambda row: row[0].replace("\\|", "|"), markdown)
-    return MARK.sub("", markdown)
+    parts = BLOCK.split(markdown)
+    for index in range(0, len(parts), 2):
+        text = LINK.sub(lambda link: turned(link, source, here), parts[index])
+        text = BAR.sub(lambda row: row[0].replace("\\|", "|"), text)
+        text = FLAG.sub(r"\1{ .flag }", text)
+        parts[index] = MARK.sub("", text)
+    return "".join(parts)
 
 
 def turned(link: re.Match[str], source: str, here: str) -> str:

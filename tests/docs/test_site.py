@@ -31,6 +31,8 @@ pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
         ("patches.md", "[a](../docs/memory.md#b)", "[a](memory.md#b)"),
         ("a.md", "![x](images/y.png)", "[![x](images/y.png)](images/y.png)"),
         ("a.md", "| `--a B\\|C` | b \\| c |", "| `--a B|C` | b \\| c |"),
+        ("a.md", "a `--flag` and `--flag 1`", "a `--flag`{ .flag } and `--flag 1`"),
+        ("a.md", "```\n[b](../setup.py) `--c`\n```\n", "```\n[b](../setup.py) `--c`\n```\n"),
         ("a.md", "<!-- flags: begin -->\n| a |", "\n| a |"),
     ],
 )

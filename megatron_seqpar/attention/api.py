@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -187,7 +187,8 @@ def dist_flash_attention(
     run = Execution(plan, transport, chosen, scale, softcap, deterministic, overlap, recorder)
     if known is not None:
         known = _fold(known[0].permute(order), known[1], together)
-    out, lse = DistAttention.apply(q, k, v, sink, run, known)
+    apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = DistAttention.apply
+    out, lse = apply(q, k, v, sink, run, known)
     out, lse = _unfold(out, lse, batch, together)
     out = out.permute(order)
     return (out, lse) if return_lse else out

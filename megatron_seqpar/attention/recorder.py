@@ -15,6 +15,7 @@ stood still for the transfers, which is what the word means on a CPU as well.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -81,7 +82,7 @@ class CudaClock:
     def __init__(self) -> None:
         import torch
 
-        self._new_event = torch.cuda.Event
+        self._new_event: Callable[..., Any] = torch.cuda.Event
         self._origin = self.mark()
         self._origin.synchronize()
         self._origin_ns = time.perf_counter_ns()
@@ -96,7 +97,7 @@ class CudaClock:
 
     def at(self, mark: Any) -> int:
         # CUDA gives milliseconds
-        return self._origin_ns + round(self._origin.elapsed_time(mark) * 1e6)
+        return self._origin_ns + round(float(self._origin.elapsed_time(mark)) * 1e6)
 
 
 def clock_of(device_type: str) -> Clock:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_seqpar.attention.schedules import BUILDERS, Choice
-from megatron_seqpar.attention.schedules.auto import MANY_REGIONS, Candidate, milliseconds
+from megatron_seqpar.attention.schedules import BUILDERS
+from megatron_seqpar.attention.schedules.auto import MANY_REGIONS, Candidate, Choice, milliseconds
 
 from .schedule_report import human_bytes
 

@@ -93,7 +93,8 @@ def run(
 
     script_args = list(args or [])
     if config is not None and script is not None and script.startswith("-"):
-        script, script_args = None, [script, *script_args]  # ARGS alone
+        script_args = [script, *script_args]  # ARGS alone
+        script = None
     if config is not None:
         config = run_file(config)
     started = under_torchrun()

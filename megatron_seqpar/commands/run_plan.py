@@ -247,11 +247,8 @@ def planned_layout(run: RunConfig, ranks: int) -> tuple[Any, str]:
 
     said = run.laid_out(ranks)
     unsure = []
-    pieces = {}
     for name in ("mlp_chunks", "loss_chunks"):
-        text = getattr(said, name)
-        pieces[name] = int(text) if text.isdecimal() else 0
-        if text == "auto":
+        if getattr(said, name) == "auto":
             unsure.append(f"{name.replace('_', ' ')} auto: reckoned as off")
     schedule = said.schedule if said.schedule in SCHEDULES else "balanced"
     if said.sp > 1 and schedule != said.schedule:
@@ -270,9 +267,14 @@ def planned_layout(run: RunConfig, ranks: int) -> tuple[Any, str]:
         recompute=said.recompute,
         tp_sp=said.tp_sp,
         schedule=schedule,
-        **pieces,
+        mlp_chunks=_number(said.mlp_chunks),
+        loss_chunks=_number(said.loss_chunks),
     )
     return layout, f" ({'; '.join(unsure)})" if unsure else ""
+
+
+def _number(pieces: str) -> int:
+    return int(pieces) if pieces.isdecimal() else 0
 
 
 def check_other_file(path: Path, *, dry_run: bool, check: bool) -> bool:
@@ -303,16 +305,16 @@ def check_other_file(path: Path, *, dry_run: bool, check: bool) -> bool:
         orders.append(Order(str(job.script), job.arguments, job.ranks, each))
     found = iter(checked(orders, jobs[0].device) if check and jobs else ())
     refused = 0
-    for label, job in entries:
+    for label, entry in entries:
         typer.echo(f"# {label}")
-        if isinstance(job, str):
-            typer.echo(f"# not run: {job}")
+        if isinstance(entry, str):
+            typer.echo(f"# not run: {entry}")
             continue
-        typer.echo(job.shell())
+        typer.echo(entry.shell())
         one = next(found, None)
         if one is not None:
             refused += one.error is not None
-            typer.echo(f"# {describe(one, job.ranks)[0 if one.error is None else -1]}")
+            typer.echo(f"# {describe(one, entry.ranks)[0 if one.error is None else -1]}")
     if refused:
         raise SeqParError(f"--config {path}: {refused} of {len(jobs)} runs would be refused")
     return True

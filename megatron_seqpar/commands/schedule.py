@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from megatron_seqpar.attention import Schedule
     from megatron_seqpar.attention.ir import Problem
-    from megatron_seqpar.attention.schedules import Choice
+    from megatron_seqpar.attention.schedules.auto import Choice
     from megatron_seqpar.simulate import Cluster
 
 _MASKS = "causal, full, window:LEFT[,RIGHT[,SINKS]], prefix:LENGTH, documents:END,END,..."

@@ -230,4 +230,5 @@ def _relative_fit(columns: Sequence[Sequence[float]], seconds: Sequence[float]) 
             if (found >= 0).all() and error < least * (1 - 1e-12):
                 best, least = np.zeros(matrix.shape[1]), error
                 best[list(chosen)] = found
-    return best / scale
+    per_feature: np.ndarray = best / scale
+    return per_feature

@@ -70,7 +70,8 @@ class _Cut(NamedTuple):
         tensor = tensor.flip(1) if self.backwards else tensor
         if self.blocks == 1:
             return tensor
-        return tensor.unflatten(0, (-1, self.blocks)).flatten(1, 2)
+        whole: torch.Tensor = tensor.unflatten(0, (-1, self.blocks)).flatten(1, 2)
+        return whole
 
 
 class CutBands:

@@ -85,7 +85,8 @@ def _blocks(q: torch.Tensor, k: torch.Tensor, call: TileCall) -> Iterator[tuple[
 
 def _grouped(x: torch.Tensor, hkv: int) -> torch.Tensor:
     """`[b, s, h, d]` -> `[b, s, hkv, group, d]`, in fp64."""
-    return x.double().unflatten(2, (hkv, -1))
+    grouped: torch.Tensor = x.double().unflatten(2, (hkv, -1))
+    return grouped
 
 
 def _scores(

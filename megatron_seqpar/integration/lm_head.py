@@ -81,9 +81,12 @@ class UnmadeLogits:
         labels: `[s, b]`. group: the tensor-parallel group.
         """
 
+        # The graph keeps `project` to the end of backward, and must not keep `hidden` with it.
+        layer, weight, scale = self.project, self.weight, self.scale
+
         def project(piece: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.project(piece, weight=self.weight)[0]
-            return logits if self.scale is None else logits * self.scale
+            logits: torch.Tensor = layer(piece, weight=weight)[0]
+            return logits if scale is None else logits * scale
 
         result: ChunkedLoss = chunked_cross_entropy(
             project,

@@ -102,10 +102,10 @@ def _all_to_all_single(group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     tensor = _argument(args, kwargs, 1, "input")
     splits = _argument(args, kwargs, 3, "input_split_sizes")
     payload = _nbytes(tensor)
-    if not splits:
+    if splits is None or len(splits) == 0:
         return _share(group.size() - 1, group.size(), payload)
-    rows = sum(splits)
-    return payload - (splits[group.rank()] * payload // rows if rows else 0)
+    rows = [int(each) for each in splits]  # Megatron's experts give a NumPy array
+    return payload - (rows[group.rank()] * payload // sum(rows) if sum(rows) else 0)
 
 
 def _all_to_all(group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,10 +52,11 @@ def operation(name: str, rank: int) -> None:
         dist.reduce_scatter_tensor(floats(6), floats(18))
     elif name == "all_to_all_single":
         dist.all_to_all_single(floats(18), floats(18))
-    elif name == "all_to_all_single, uneven":
+    elif name.startswith("all_to_all_single, uneven"):
         splits = [1, 2, 3]
         received = splits[rank] * SIZE
-        dist.all_to_all_single(floats(received), floats(6), [splits[rank]] * SIZE, splits)
+        given = np.array(splits) if name.endswith("array") else splits  # as Megatron's experts do
+        dist.all_to_all_single(floats(received), floats(6), [splits[rank]] * SIZE, given)
     elif name == "broadcast":
         dist.broadcast(floats(6), src=1)
     elif name == "reduce":
@@ -99,6 +101,7 @@ CASES = [
     ("reduce_scatter_tensor", "reduce_scatter", [48, 48, 48]),
     ("all_to_all_single", "all_to_all", [48, 48, 48]),
     ("all_to_all_single, uneven", "all_to_all", [20, 16, 12]),
+    ("all_to_all_single, uneven, array", "all_to_all", [20, 16, 12]),
     ("broadcast", "broadcast", [16, 16, 16]),
     ("reduce", "reduce", [16, 16, 16]),
     ("gather", "gather", [24, 0, 24]),

@@ -106,6 +106,24 @@ def test_constraints_are_exact() -> None:
     assert {"typer", "rich", "numpy", "einops", "psutil", "PyYAML", "pytest", "ruff"} <= set(pins)
 
 
+def test_other_versions_than_the_tested_ones() -> None:
+    """Which an image's own packages win over."""
+    pins = {"SEQPAR_PINS": "megatron_core==0.18.2 torch==1.0 new==3"}
+    done = shell(f"seqpar_constraints {sys.executable} 0", os.environ["PATH"], **pins)
+    lines = done.stdout.splitlines()
+    assert {"megatron-core==0.18.2", "torch==1.0", "new==3"} <= set(lines)
+    done = shell(f"seqpar_constraints {sys.executable} 1", os.environ["PATH"], **pins)
+    assert "torch==1.0" not in done.stdout.splitlines()
+    done = shell(f"seqpar_constraints {sys.executable} 0", os.environ["PATH"], SEQPAR_PINS="torch")
+    assert done.returncode == 1
+    assert "SEQPAR_PINS: torch: write NAME==VERSION" in done.stderr
+    stamps = [
+        shell(f"seqpar_stamp {sys.executable} 0", os.environ["PATH"], **each).stdout
+        for each in ({}, {}, pins)
+    ]
+    assert stamps[0] == stamps[1] != stamps[2]
+
+
 def test_an_up_to_date_environment_is_left_alone(tmp_path: Path) -> None:
     """With a stamp in place nothing is installed: the fake interpreter could not."""
     venv = tmp_path / "venv"

@@ -125,12 +125,12 @@ matrix_do() {
     fi
 }
 
-# Make the environment in folder $1. $2: megatron-core, $3: Python, $4: torch
+# Make the environment in folder $1. $2: megatron-core, $3: Python, $4: torch, rest: more packages
 matrix_setup() {
     local folder="$1" python constraints stamp
     python="$(matrix_python "$3")" || return 1
     constraints="$(matrix_constraints "$2" "$4")"
-    stamp="$(cat "$SEQPAR_REPO/setup.py" - <<<"$constraints $python" | cksum)"
+    stamp="$(cat "$SEQPAR_REPO/setup.py" - <<<"$constraints $python ${*:5}" | cksum)"
     if [[ -f "$folder/.seqpar-matrix" && "$(cat "$folder/.seqpar-matrix")" == "$stamp" ]]; then
         return
     fi
@@ -140,7 +140,8 @@ matrix_setup() {
         printf '%s\n' "$constraints" >"$folder/.seqpar-constraints.txt"
     fi
     matrix_do env -u PIP_CONSTRAINT "$folder/bin/python" -m pip install --quiet \
-        --constraint "$folder/.seqpar-constraints.txt" --editable "${SEQPAR_REPO}[dev]" || return 1
+        --constraint "$folder/.seqpar-constraints.txt" --editable "${SEQPAR_REPO}[dev]" "${@:5}" ||
+        return 1
     [[ "$dry_run" == 1 ]] || printf '%s\n' "$stamp" >"$folder/.seqpar-matrix"
 }
 
@@ -166,9 +167,11 @@ PYTHON
 matrix_run() {
     local name="$1" version="$2" python="$3" torch="$4" kind="$5" brings="$6"
     local folder="$MATRIX/$name" checkout="" note="" status=0 counts
-    local -a environment=("PYTHONPATH=$SEQPAR_REPO") first=() second=()
+    local -a environment=("PYTHONPATH=$SEQPAR_REPO") first=() second=() more=()
+    # what megatron.training of a checkout imports, and no package declares
+    [[ "$brings" == package ]] || more=(six regex)
     seqpar_say "megatron-core $version, Python $python, torch $torch"
-    matrix_setup "$folder" "$version" "$python" "$torch" || {
+    matrix_setup "$folder" "$version" "$python" "$torch" ${more[@]+"${more[@]}"} || {
         matrix_table+="$(printf '%-14s %-7s %-8s %s' "$name" "$python" "$torch" 'no environment')"$'\n'
         return 1
     }

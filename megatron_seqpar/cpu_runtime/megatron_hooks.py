@@ -87,6 +87,33 @@ def no_legacy_kernels() -> None:
     after_import("megatron.legacy.fused_kernels", hook)
 
 
+class _AbsentLinear:
+    """Stands for Transformer Engine's linear layer in questions whether something is one."""
+
+
+@unit
+def names_of_absent_engine() -> None:
+    """megatron-core 0.16 asks for names that it has with Transformer Engine only.
+
+    Routers look whether there is a matrix product of the engine's, latent attention whether a layer
+    is one of the engine's. There is none, and it is not.
+
+    Serves: core/transformer/moe/moe_utils.py (`te_general_gemm`), core/transformer/
+    multi_latent_attention.py (`isinstance(..., TELinear)`), in 0.16 without Transformer Engine.
+    """
+
+    def routers(module: types.ModuleType) -> None:
+        if not hasattr(module, "te_general_gemm"):
+            replace(module, te_general_gemm=None)
+
+    def latent_attention(module: types.ModuleType) -> None:
+        if not isinstance(getattr(module, "TELinear", None), type):  # None or a mock object
+            replace(module, TELinear=_AbsentLinear)
+
+    after_import("megatron.core.transformer.moe.moe_utils", routers)
+    after_import("megatron.core.transformer.multi_latent_attention", latent_attention)
+
+
 @unit
 def moe_split_sizes() -> None:
     """Expert parallelism makes NumPy arrays of its split sizes only if they are on a GPU.

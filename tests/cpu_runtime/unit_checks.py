@@ -261,6 +261,15 @@ def no_jit_warmup() -> None:
 
 
 @check
+def names_of_absent_engine() -> None:
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    assert not isinstance(None, multi_latent_attention.TELinear)
+    assert moe_utils.te_general_gemm is None
+
+
+@check
 def moe_split_sizes() -> None:
     import numpy
     import torch
@@ -339,6 +348,12 @@ def _stand_ins() -> None:
     legacy = types.ModuleType("megatron.legacy.fused_kernels")
     legacy.load = _raise  # type: ignore[attr-defined]
     sys.modules[legacy.__name__] = legacy
+    # as in megatron-core 0.16 without Transformer Engine
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    multi_latent_attention.TELinear = None
+    vars(moe_utils).pop("te_general_gemm", None)
     from torch.utils._triton import has_triton_package
 
     has_triton_package.cache_clear()

@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 
 from megatron_seqpar.config import SeqParConfig
+from tests.support.releases import hybrid_model, local_hybrid_spec
 
 ROWS, BATCH, WIDTH, INNER = 7, 2, 8, 12
 OFF = SeqParConfig()
@@ -211,12 +212,8 @@ def model(kind, **options):
     }
     common = {"vocab_size": 16, "max_sequence_length": ROWS, "position_embedding_type": "rope"}
     if kind == "hybrid":
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-        from megatron_seqpar.cpu_runtime.hybrid_hooks import local_hybrid_stack_spec
-
         config = transformer_config(**{**values, "num_layers": 4, **options})
-        return HybridModel(config, local_hybrid_stack_spec(), hybrid_layer_pattern="*-*-", **common)
+        return hybrid_model(config, local_hybrid_spec(), "*-*-", **common)
     experts = None
     if kind == "experts":
         experts = 2

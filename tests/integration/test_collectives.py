@@ -18,6 +18,7 @@ from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.integration import axis, install, loss, nodes, roll, state
 from megatron_seqpar.integration.batch import narrow, narrow_batch
 from tests.support.pool import GlooPool
+from tests.support.releases import on_this_cp_rank, since
 
 WORLD = 3
 
@@ -188,6 +189,7 @@ def check_mtp(rank, mask_name, per_token, layout):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+@since("0.17", "function of its own for the MTP loss")
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("mask_name", ["none masked", "first rank masked", "uneven"])
@@ -198,13 +200,10 @@ def test_mtp_loss_average_is_exact(pool, mask_name, per_token, layout):
 def check_stock_slicing(rank):
     """The order that stock code cuts in is the zigzag token layout's."""
     install(SeqParConfig())
-    from megatron.core import utils
-
     for group, here, size in groups(rank):
         state.set_config(SeqParConfig(sequence_parallel_size=size, token_layout="zigzag"))
         tokens = torch.arange(24).view(2, 12)
-        slicer = utils._get_batch_on_this_cp_rank_per_sequence_balancing
-        batch = slicer({"tokens": tokens.clone(), "labels": None}, cp_group=group)
+        batch = on_this_cp_rank({"tokens": tokens.clone(), "labels": None}, group)
         assert torch.equal(batch["tokens"], cut(tokens, 1, here, size, "zigzag"))
         assert batch["labels"] is None
 

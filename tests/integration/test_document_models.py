@@ -19,6 +19,7 @@ from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.integration import documents, install, state
 from megatron_seqpar.integration.batch import narrow_batch
 from tests.support.pool import GlooPool
+from tests.support.releases import on_this_cp_rank, since
 
 SIZE, LENGTH, VOCABULARY = 3, 36, 24
 PACKS = {
@@ -90,6 +91,7 @@ VARIANTS = {
     "selective recompute": Variant(SELECTIVE),
     "attention-output": Variant(recompute="attention-output"),
 }
+ZIGZAG = pytest.param("zigzag", marks=since("0.19", "documents in the zigzag layout"))
 
 
 def settle(config: SeqParConfig) -> None:
@@ -256,12 +258,11 @@ def check_unpacked(rank: int, variant: Variant, packs: list[list[int]]) -> None:
 
     model = build(variant, variant.split(SIZE))
     from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
     begins = (batch["position_ids"] == 0).to(torch.uint8)
     own = {**batch, "attention_mask": documents.boundaries(begins)}
     group = parallel_state.get_context_parallel_group()
-    own = get_batch_on_this_cp_rank(own, is_hybrid_cp=False, cp_group=group)
+    own = on_this_cp_rank(own, group)
     part = losses(model, own, attention_mask=own["attention_mask"])
     part.sum().backward()
     whole = joined(part.detach(), SIZE, variant.token_layout)
@@ -291,7 +292,7 @@ def test_multi_token_prediction_stays_inside_documents(pool, name):
     pool.run(check_multi_token_prediction, PACKS[name])
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "zigzag"])
+@pytest.mark.parametrize("name", [*VARIANTS, ZIGZAG])
 def test_documents_of_a_batch_need_no_dense_mask(pool, name):
     variant = VARIANTS.get(name, Variant(token_layout="zigzag"))
     pool.run(check_unpacked, variant, list(PACKS.values()))

@@ -16,12 +16,14 @@ from megatron_seqpar.config import SeqParConfig
 from megatron_seqpar.errors import UnsupportedError
 from megatron_seqpar.integration import documents, install, state, uninstall
 from tests.support.pool import GlooPool
+from tests.support.releases import since
 
 gpt_dataset = pytest.importorskip("megatron.core.datasets.gpt_dataset")
 
 EOD = 0
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 OURS = SeqParConfig(kernel="cpu")  # our attention on one rank
+in_the_data_loader = since("0.19", "marks of documents in the data loader")
 
 
 @pytest.fixture
@@ -71,6 +73,7 @@ def test_a_whole_document_is_the_inner_mask():
     assert documents.within(Causal(), (0, 0, 3, 3, 6), 8) == Documents((0, 3, 6))
 
 
+@in_the_data_loader
 @pytest.mark.parametrize("reset", [True, False])
 def test_the_data_loader_makes_marks_and_no_matrix(installed, reset):
     tokens = torch.tensor([5, EOD, EOD, 7, 8, EOD])
@@ -145,6 +148,7 @@ def check_broadcast(rank):
         assert middle == all(got[key] is None for key in ("tokens", "labels", "loss_mask"))
 
 
+@in_the_data_loader
 def test_documents_reach_all_tensor_ranks_and_all_stages():
     pool = GlooPool(2)
     try:
@@ -153,6 +157,7 @@ def test_documents_reach_all_tensor_ranks_and_all_stages():
         pool.stop()
 
 
+@in_the_data_loader
 @pytest.mark.parametrize("found", [None, torch.ones(2, 1, 8, 8, dtype=torch.bool)])
 def test_a_dataset_without_marks_is_refused(installed, found):
     from megatron.core.utils import get_batch_on_this_tp_rank
@@ -174,6 +179,7 @@ def test_who_makes_marks():
         assert documents.expected(args) is bool(flags)
 
 
+@in_the_data_loader
 @pytest.mark.parametrize(
     ("config", "given", "expected"),
     [

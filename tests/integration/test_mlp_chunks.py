@@ -32,6 +32,7 @@ from tests.integration.mlp_runs import (
 )
 from tests.integration.runs import HERE, launch, trained
 from tests.support.pool import GlooPool
+from tests.support.releases import at_least
 
 
 @pytest.fixture(scope="module")
@@ -323,13 +324,14 @@ def untouched(rank):
     with parallel() as group:
         mlp = build(transformer_config(), group)
         keys = list(mlp.state_dict())
-        sharded = sorted(mlp.sharded_state_dict())
+        metadata = {"dp_cp_group": group}
+        sharded = sorted(mlp.sharded_state_dict(metadata=metadata))
         rows = []
         mlp.linear_fc1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
         x, _ = inputs(torch.float64)
         with settings(mlp_chunks="3"):
             assert list(mlp.state_dict()) == keys
-            assert sorted(mlp.sharded_state_dict()) == sharded
+            assert sorted(mlp.sharded_state_dict(metadata=metadata)) == sharded
             with torch.no_grad():
                 mlp(x, per_token_scale=torch.ones(ROWS, BATCH, dtype=torch.float64))
             mlp(x, padding_mask=torch.ones(BATCH, ROWS, dtype=torch.bool))
@@ -413,6 +415,8 @@ def repeated_layers(rank, kind):
             found = train(kind, **chosen)
             assert_trained_alike(found, expected)
             assert found[2] == [calls] * 2, chosen
+        if kind == "hybrid" and not at_least("0.18"):  # MambaModel recomputes nothing itself
+            return
         # Megatron's own full recomputation does not tell: documented.
         stock = {
             "recompute_granularity": "full",

@@ -18,6 +18,7 @@ from megatron_seqpar.integration import install, packed, state, uninstall
 from megatron_seqpar.integration.batch import narrow
 from tests.integration.test_rotary_mamba import Group
 from tests.support.pool import GlooPool
+from tests.support.releases import at_least, since
 
 pytest.importorskip("megatron.core")
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -99,8 +100,13 @@ def test_rotary_embedding_is_the_ranks_share_of_the_stock_one(lengths, size, who
         "config": ROPE,
         "cu_seqlens": cumulative,
         "mscale": 1.3,
-        "mla_rotary_interleaved": latent,
     }
+    if at_least("0.19"):
+        options["mla_rotary_interleaved"] = latent
+    else:
+        options["config"] = types.SimpleNamespace(
+            **{**vars(ROPE), "multi_latent_attention": latent}
+        )
     state.set_config(SeqParConfig())
     expected = apply_rotary_pos_emb(tokens, table, cp_group=Group(0, 1), **options)
     state.set_config(SeqParConfig(sequence_parallel_size=max(size, 2)))
@@ -232,6 +238,7 @@ def sft_sample(size: int, conversations: list[int], length: int):
     return dataset[0]
 
 
+@since("0.19", "packed samples over the axis")
 @pytest.mark.parametrize("conversations", [[3, 5, 1, 4], [7], [9, 9]])
 def test_sft_samples_are_those_of_one_rank(conversations):
     pytest.importorskip("megatron.training")

@@ -23,6 +23,7 @@ from megatron_seqpar.memory.sizes import Activations
 from tests.integration.test_document_models import LATENT, PLAIN, pack
 from tests.support.live_bytes import LiveBytes
 from tests.support.pool import GlooPool
+from tests.support.releases import at_least, hybrid_model, local_hybrid_spec
 
 SIZE, LENGTH, BATCH, VOCABULARY, BATCHES = 2, 16, 2, 32, 3
 MODES = ("none", "mlp", "attention-qkv", "attention-output")
@@ -137,14 +138,8 @@ def build(case: Case, mode: str, **options: Any) -> Any:
     made = kind(**values, mtp_num_layers=case.mtp)
     sizes = {"vocab_size": VOCABULARY, "max_sequence_length": LENGTH}
     if case.pattern is not None:
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-        return HybridModel(
-            made,
-            hybrid_spec(),
-            hybrid_layer_pattern=case.pattern,
-            position_embedding_type="rope",
-            **sizes,
+        return hybrid_model(
+            made, hybrid_spec(), case.pattern, position_embedding_type="rope", **sizes
         )
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=made.num_moe_experts,
@@ -172,9 +167,7 @@ def hybrid_spec() -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_seqpar.cpu_runtime.hybrid_hooks import local_hybrid_stack_spec
-
-    spec = local_hybrid_stack_spec()
+    spec = local_hybrid_spec()
     spec.submodules.mamba_layer = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
@@ -229,12 +222,20 @@ def attention_counts(model: Any) -> dict[str, Any]:
 
 def expert_counts(model: Any) -> dict[str, torch.Tensor]:
     """Losses logged and tokens counted by routers since the last call."""
-    from megatron.core.transformer.moe import moe_logging
     from megatron.core.transformer.moe.router import TopKRouter
 
-    metrics = moe_logging.get_moe_metrics_tracker().metrics
-    found = {name: entry.values.clone() for name, entry in metrics.items()}
-    moe_logging.destroy_moe_metrics_tracker()
+    if at_least("0.18"):
+        from megatron.core.transformer.moe import moe_logging
+
+        metrics = moe_logging.get_moe_metrics_tracker().metrics
+        found = {name: entry.values.clone() for name, entry in metrics.items()}
+        moe_logging.destroy_moe_metrics_tracker()
+    else:
+        from megatron.core.transformer.moe import moe_utils
+
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        found = {name: entry["values"].clone() for name, entry in tracker.items()}
+        tracker.clear()
     for name, module in model.named_modules():
         if isinstance(module, TopKRouter) and module.enable_expert_bias:
             found[name] = module.local_tokens_per_expert.clone()

@@ -7,6 +7,7 @@ import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,34 @@ def hybrid_pattern(pattern: str) -> tuple[str, ...]:
     if at_least("0.17"):
         return ("--hybrid-layer-pattern", pattern)
     return ("--num-layers", str(len(pattern)), "--hybrid-override-pattern", pattern)
+
+
+def hybrid_model(config: Any, spec: Any, pattern: str, **more: Any) -> Any:
+    """A hybrid model of these layers; `more` are the model's other arguments."""
+    if at_least("0.18"):
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        return HybridModel(config, spec, hybrid_layer_pattern=pattern, **more)
+    from megatron.core.models.mamba.mamba_model import MambaModel
+
+    config.num_layers = len(pattern)
+    name = "hybrid_layer_pattern" if at_least("0.17") else "hybrid_override_pattern"
+    return MambaModel(config, spec, **{name: pattern}, **more)
+
+
+def local_hybrid_spec() -> Any:
+    """The CPU runtime's spec of a hybrid stack."""
+    from megatron_seqpar.cpu_runtime import hybrid_hooks
+
+    if at_least("0.18"):
+        return hybrid_hooks.local_hybrid_stack_spec()
+    return hybrid_hooks.local_mamba_stack_spec()
+
+
+def on_this_cp_rank(batch: dict[str, Any], group: Any) -> dict[str, Any]:
+    """Megatron's cutting of a batch over context-parallel ranks, looked up where it is patched."""
+    from megatron.core import utils
+
+    options = {"is_hybrid_cp": False} if at_least("0.18") else {}
+    found: dict[str, Any] = utils.get_batch_on_this_cp_rank(batch, cp_group=group, **options)
+    return found

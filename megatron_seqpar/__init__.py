@@ -4,4 +4,4 @@
 Importing this package changes nothing and imports neither torch nor Megatron.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"

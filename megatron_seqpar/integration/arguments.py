@@ -91,13 +91,6 @@ def fold(args: Any) -> None:
         trace.install(config.trace, config.traced)
 
 
-def context(config: SeqParConfig) -> str:
-    """How refusals name what turned our attention on."""
-    if config.active or config.reason_without_axis is None:
-        return settings.as_typed(config, "sequence_parallel_size")
-    return config.reason_without_axis
-
-
 def check_names(config: SeqParConfig) -> None:
     """Refuse an unknown kernel name. Raises `UnsupportedError` with the known ones."""
     from megatron_seqpar.attention import kernels
@@ -121,7 +114,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron_seqpar.integration import plan  # imports Megatron's core
 
         if not config.active:
-            refusals.refuse(args, context(config), refusals.CONFIG)
+            refusals.refuse(args, state.context(config), refusals.CONFIG)
             result = original(args, *rest, **kwargs)
             fused_parts.check(args)
             plan.check(args, config)
@@ -145,7 +138,7 @@ def _refuse_early(args: Any, config: SeqParConfig) -> None:
     table = refusals.REFUSALS
     if getattr(args, "use_checkpoint_args", False):
         table = tuple(row for row in table if row.attribute in _REPLACED_BY_FOLDING)
-    refusals.refuse(args, context(config), refusals.ARGUMENTS, table=table)
+    refusals.refuse(args, state.context(config), refusals.ARGUMENTS, table=table)
     if table is refusals.REFUSALS:
         _check_world_size(args, int(os.environ.get("WORLD_SIZE", "1")), config)
 
@@ -165,11 +158,11 @@ def _refuse_late(args: Any, config: SeqParConfig) -> None:
     own = config.sequence_parallel_size
     if args.context_parallel_size != own:
         raise UnsupportedError(
-            f"--context-parallel-size {args.context_parallel_size} with {context(config)}: "
+            f"--context-parallel-size {args.context_parallel_size} with {state.context(config)}: "
             "something changed the size after the command line was parsed."
         )
     table = [row for row in refusals.REFUSALS if row.attribute != "context_parallel_size"]
-    refusals.refuse(args, context(config), refusals.ARGUMENTS, table=table)
+    refusals.refuse(args, state.context(config), refusals.ARGUMENTS, table=table)
     _check_world_size(args, args.world_size, config)
     length = lengths.sequence_length(args)
     if length is not None:

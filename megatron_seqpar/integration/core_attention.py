@@ -24,7 +24,6 @@ from megatron_seqpar.attention.transport import LocalTransport, Transport
 from megatron_seqpar.config import as_typed, is_default
 from megatron_seqpar.errors import KernelError, UnsupportedError
 from megatron_seqpar.integration import (
-    arguments,
     axis,
     documents,
     masks,
@@ -74,7 +73,7 @@ class SeqParCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         settings = state.config()
-        context = arguments.context(settings)
+        context = state.context(settings)
         if unknown:
             raise UnsupportedError(
                 f"core attention options {sorted(unknown)} with {context}: unknown to "
@@ -146,7 +145,7 @@ class SeqParCoreAttention(MegatronModule):
                 for name in ("kernel", "softcap")
                 if not is_default(settings, name)
             )
-            raise KernelError(f"{asked or arguments.context(settings)}: {error}") from error
+            raise KernelError(f"{asked or state.context(settings)}: {error}") from error
 
     def sharded_state_dict(
         self,
@@ -182,7 +181,7 @@ class SeqParCoreAttention(MegatronModule):
         Raises `UnsupportedError` for a bias or a key/value cache.
         """
         settings = state.config()
-        context = arguments.context(settings)
+        context = state.context(settings)
         if attention_bias is not None:
             raise UnsupportedError(
                 f"attention_bias with {context}: attention takes no bias; use rotary position "

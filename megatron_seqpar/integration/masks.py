@@ -25,7 +25,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_seqpar.attention import Mask
 from megatron_seqpar.attention.masks import Causal, Full, SlidingWindow, as_mask
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, state
+from megatron_seqpar.integration import state
 
 SERVED = (AttnMaskType.causal, AttnMaskType.no_mask)
 """The mask types that say what the mask is, without a tensor."""
@@ -43,7 +43,7 @@ def of_layer(source: Any, layer_number: int, kind: AttnMaskType | None) -> Mask:
     if kind not in SERVED:
         name = getattr(kind, "name", kind)
         raise UnsupportedError(
-            f"attn_mask_type {name} with {arguments.context(state.config())}: masks given as "
+            f"attn_mask_type {name} with {state.context(state.config())}: masks given as "
             f"tensors are not split over the axis; use {' or '.join(one.name for one in SERVED)}."
         )
     causal = kind == AttnMaskType.causal

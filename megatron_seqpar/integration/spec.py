@@ -22,7 +22,7 @@ import torch
 
 from megatron_seqpar.config import as_typed
 from megatron_seqpar.errors import UnsupportedError
-from megatron_seqpar.integration import arguments, recompute_parts, state
+from megatron_seqpar.integration import recompute_parts, state
 
 FIELD = "core_attention"
 
@@ -89,7 +89,7 @@ def audit(model: torch.nn.Module) -> int:
             found.append(f"{name or type(model).__name__} ({kind})")
     if found:
         raise UnsupportedError(
-            f"{arguments.context(state.config())}: {len(found)} modules would not see the whole "
+            f"{state.context(state.config())}: {len(found)} modules would not see the whole "
             f"sequence: {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}. Use a layer "
             "spec whose core_attention is DotProductAttention or TEDotProductAttention."
         )
@@ -150,7 +150,7 @@ def wrap_stock_attention_init(original: Callable[..., None]) -> Any:
         config = state.config()
         if config.active:
             raise UnsupportedError(
-                f"{arguments.context(config)}: a model builds {type(self).__name__}, "
+                f"{state.context(config)}: a model builds {type(self).__name__}, "
                 "which does not attend over the axis. Models built on GPTModel or HybridModel "
                 "are served; use tensor parallelism for others."
             )

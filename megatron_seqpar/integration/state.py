@@ -37,6 +37,13 @@ def set_config(config: SeqParConfig) -> None:
     _config, _chosen = config, None
 
 
+def context(config: SeqParConfig) -> str:
+    """How refusals name what turned our attention on."""
+    if config.active or config.reason_without_axis is None:
+        return as_typed(config, "sequence_parallel_size")
+    return config.reason_without_axis
+
+
 def active() -> bool:
     """Whether the SP axis has more than one rank."""
     return _config.active

@@ -22,8 +22,9 @@ def layout_flags(layout: Layout) -> list[str]:
         f"--max-position-embeddings {layout.sequence_length}",
         f"--micro-batch-size {layout.micro_batch}",
         f"--global-batch-size {layout.global_batch}",
-        "--bf16",
     ]
+    if layout.element == 2:
+        flags.append("--bf16")
     if layout.vpp > 1:
         flags.append(f"--num-virtual-stages-per-pipeline-rank {layout.vpp}")
     if layout.ep > 1:
@@ -37,6 +38,7 @@ def layout_flags(layout: Layout) -> list[str]:
         flags.append("--use-distributed-optimizer")
     if layout.zero >= 2:
         flags.append(f"--use-megatron-fsdp --data-parallel-sharding-strategy {_FSDP[layout.zero]}")
+        flags.append("--ckpt-format fsdp_dtensor")  # the only one that it takes
     if layout.overlap_dp and layout.replicas > 1:
         flags.append("--overlap-grad-reduce")
         if layout.zero >= 1:
@@ -78,4 +80,7 @@ def launch_command(layout: Layout, cluster: Cluster, flags: Mapping[str, Any]) -
     else:
         start.append("--standalone")
     start += ["-m", "megatron_seqpar", "run", "pretrain_gpt.py"]
-    return shlex.join([*start, *model_arguments(flags), *layout_flags(layout)])
+    command = shlex.join([*start, *model_arguments(flags), *layout_flags(layout)])
+    if layout.zero >= 2:  # Megatron FSDP refuses the 1 that the launcher sets for everything else
+        command = f"CUDA_DEVICE_MAX_CONNECTIONS=32 {command}"
+    return command

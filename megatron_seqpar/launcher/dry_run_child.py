@@ -166,6 +166,7 @@ def _answer(order: dict[str, Any], defaults: dict[str, Any], *, plugin: bool) ->
                 answer["resolved"] = _resolved(parsed.namespace, defaults)
                 answer["notes"] = _missing_here(parsed.namespace)
                 answer["notes"] += _build_config(parsed.namespace)
+                _check_warmup(parsed.namespace)
             else:
                 answer["error"] = (
                     "--dry-run: the script ended without parsing Megatron's arguments, so nothing "
@@ -204,6 +205,17 @@ def _build_config(args: Any) -> list[str]:
             return [f"not checked for want of Transformer Engine: {error}"]
         return []
     return []
+
+
+def _check_warmup(args: Any) -> None:
+    """Megatron's scheduler asserts it, without a word, once the model is built."""
+    steps = getattr(args, "lr_decay_iters", None) or getattr(args, "train_iters", None)
+    warmup = getattr(args, "lr_warmup_iters", None) or 0
+    if steps is not None and warmup >= steps:
+        raise SeqParError(
+            f"--lr-warmup-iters {warmup}: the learning rate is still rising when its {steps} steps "
+            "(--lr-decay-iters, else --train-iters) are over; use fewer"
+        )
 
 
 def _lacks_engine(args: Any) -> bool:

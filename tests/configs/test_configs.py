@@ -105,6 +105,7 @@ def test_comparisons_and_sweeps_are_read_and_shown(name: str) -> None:
 
 WRONG = {
     ("--sequence-paralel-size", "3"): "did you mean --sequence-parallel-size?",
+    ("--lr-warmup-iters", "10"): "--lr-warmup-iters 10: the learning rate is still rising",
     ("--attention-dropout", "0.1"): "Set --attention-dropout 0",
     ("--tensor-model-parallel-size", "4"): "needs a multiple of 8 processes, but 2 were started",
 }
@@ -189,16 +190,16 @@ def test_the_quickstarts_run_from_the_command_line(tmp_path: Path) -> None:
     """The whole way: a name, what Megatron makes of it, a command that can be pasted."""
     done = CliRunner().invoke(
         app,
-        ["run", "--config", "pretrain-quickstart", "--dry-run", "--train-iters", "3"],
+        ["run", "--config", "pretrain-quickstart", "--dry-run", "--train-iters", "4"],
     )
     assert done.exit_code == 0, done.output
     command = shlex.split(done.stdout, comments=True)
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert command[-2:] == ["--train-iters", "3"]
+    assert command[-2:] == ["--train-iters", "4"]
     assert "# checked: 2 ranks, TP=1 SP=2 PP=1 DP=1; 1 sequence of 4,096 tokens a step" in (
         done.stdout
     )
-    assert "#     train_iters = 3" in done.stdout, "the command line wins over the file"
+    assert "#     train_iters = 4" in done.stdout, "the command line wins over the file"
     assert "there is no" not in done.stdout, "the corpus is made before it starts"
 
 

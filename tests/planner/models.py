@@ -54,6 +54,7 @@ def study(
         "fused_loss": False,
         "overlap_dp": False,
         "gradient_bytes": 2,
+        "plain_layers": True,
         **settings,
     }
     return Layout(

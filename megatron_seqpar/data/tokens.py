@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -59,10 +60,24 @@ class Bytes:
         return {}
 
     def arguments(self) -> list[str]:
-        return [
-            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(BYTE_VOCABULARY)),
-            *("--null-tokenizer-eod-id", str(BYTE_END)),
-        ]
+        """For the megatron-core that is installed here.
+
+        Before 0.18 the id that ends documents cannot be named and comes on top of the vocabulary:
+        it is 255 then, which UTF-8 does not use either.
+        """
+        tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
+        if not _names_the_end():
+            return [*tokenizer, str(BYTE_VOCABULARY - 1)]
+        return [*tokenizer, str(BYTE_VOCABULARY), "--null-tokenizer-eod-id", str(BYTE_END)]
+
+
+def _names_the_end() -> bool:
+    """Whether this megatron-core has --null-tokenizer-eod-id; yes where none is installed."""
+    try:
+        major, minor = importlib.metadata.version("megatron-core").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= (0, 18)
 
 
 class HuggingFace:

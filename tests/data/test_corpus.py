@@ -56,6 +56,23 @@ def test_megatrons_tokenizer_agrees() -> None:
     assert (tokenizer.vocab_size, tokenizer.eod) == (256, 0)
 
 
+@pytest.mark.parametrize(
+    ("release", "arguments"),
+    [
+        ("0.16.1", ["--vocab-size", "255"]),
+        ("0.17.1", ["--vocab-size", "255"]),
+        ("0.18.2", ["--vocab-size", "256", "--null-tokenizer-eod-id", "0"]),
+        ("1.0.0rc1", ["--vocab-size", "256", "--null-tokenizer-eod-id", "0"]),
+    ],
+)
+def test_arguments_for_a_release(
+    release: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones put the end of documents on top of the vocabulary, and have no flag for it."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: release)
+    assert tokenizer_arguments() == ["--tokenizer-type", "NullTokenizer", *arguments]
+
+
 def test_an_unchanged_corpus_is_reused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", "ab")
     first = prepare_corpus(source, tmp_path / "c")

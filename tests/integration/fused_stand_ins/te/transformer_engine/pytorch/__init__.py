@@ -41,14 +41,17 @@ def _normalized(
 class _Norm(torch.nn.Module):
     def __init__(
         self,
-        normalized_shape: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool = False,
         params_dtype: Any = None,
         zero_centered_gamma: bool = False,
         device: Any = "cuda",
+        hidden_size: int | None = None,
     ) -> None:
         super().__init__()
+        normalized_shape = hidden_size if normalized_shape is None else normalized_shape
+        assert normalized_shape is not None
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
         start = torch.zeros if zero_centered_gamma else torch.ones
         self.weight = torch.nn.Parameter(start(normalized_shape, dtype=params_dtype, device=device))

@@ -3,7 +3,8 @@
 #
 # Train one model with its sequences split over ranks (SP) and with its weights split over them (TP,
 # with and without TP-SP), on this machine's GPUs or over SLURM nodes, and compare: losses, step
-# time, MFU, memory, bytes sent. `megatron-seqpar compare` does the work; this writes its file.
+# time, MFU, memory, bytes sent. `megatron-seqpar compare` does the work; this writes its file. Losses
+# are compared with SP's.
 #
 #   bash scripts/compare_tp.sh                                  Llama 2 7B at 32K on this node's GPUs
 #   bash scripts/compare_tp.sh --model llama2-33-heads --seq-length 65536

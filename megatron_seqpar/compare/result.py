@@ -19,11 +19,12 @@ def judge(
 ) -> list[dict[str, Any]]:
     """The rows with what is compared: MFU, loss difference from the reference, ratio of times.
 
-    The reference of losses is the first row that is ok, on one rank and of the asked model. Ratios
-    of times are over the fastest way of the same ranks that splits the sequence (SP), where there
+    The reference of losses is the first row that is ok, on one rank and of the asked model; where
+    there is none (a model too large for one), the first that is ok, if there are others. Ratios of
+    times are over the fastest way of the same ranks that splits the sequence (SP), where there
     is one: above 1 is slower than SP. MFU counts the asked model's FLOPs, padding not among them.
     """
-    reference = next((row for row in rows if _is_reference(row)), None)
+    reference = _reference(rows)
     sp = [row for row in rows if row["status"] == "ok" and row["layout"]["sp"] > 1]
     base = min(sp, key=lambda row: row["step_time_s"], default=None)
     flops = {
@@ -46,8 +47,11 @@ def judge(
     return judged
 
 
-def _is_reference(row: Mapping[str, Any]) -> bool:
-    return row["status"] == "ok" and row["ranks"] == 1 and not row["changes"]
+def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row that losses are compared with."""
+    fit = [row for row in rows if row["status"] == "ok" and not row["changes"]]
+    alone = next((row for row in fit if row["ranks"] == 1), None)
+    return alone or (fit[0] if len(fit) > 1 else None)
 
 
 def notes(rows: Sequence[Mapping[str, Any]], peak: Peak | None, *extra: str) -> list[str]:

@@ -167,6 +167,14 @@ def test_no_reference_no_difference():
     assert (only["loss_difference"], only["mfu"]) == (None, None)
 
 
+def test_without_one_rank_the_first_way_is_the_reference():
+    """A model that does not fit one GPU still has losses to compare."""
+    rows = [row("TP=2", 1.0, changes={"num-attention-heads": 2}), row("SP=2", 1.0), row("TP", 2.0)]
+    padded, first, second = judge(rows, MODEL, 64, 1, None)
+    assert [r["reference"] for r in (padded, first, second)] == [False, True, False]
+    assert (padded["loss_difference"], second["loss_difference"]) == (None, 0.0)
+
+
 def test_what_makes_it_unfair_is_said():
     rows = [row("SP=1", 1.0, ranks=1), row("SP=2", 1.0, note="padded", step_time_spread=0.5)]
     said = " ".join(notes(rows, None, "stock is unfused"))

@@ -17,6 +17,7 @@ from megatron_seqpar.planner.constants import Constants, meaning_of, prior_of, u
 from megatron_seqpar.planner.fit import Fit
 from megatron_seqpar.planner.launch import launch_command
 from megatron_seqpar.planner.layout import Layout
+from megatron_seqpar.planner.ranking import BAND
 from megatron_seqpar.planner.search import Found
 from megatron_seqpar.planner.validate import Predicted, Scores, score, score_groups
 
@@ -76,8 +77,8 @@ def _ranking(estimates: Sequence[Estimate], cluster: Cluster) -> Table:
     table = Table(
         title=f"{layout.ranks} x {cluster.machine.device.name}, {layout.global_batch} sequences of "
         f"{layout.sequence_length} tokens a step; seconds, predicted",
-        caption="Within 5%, which predictions cannot tell apart, the fewest ranks a replica come "
-        "first. MFU counts attention as if there were no causal mask.",
+        caption=f"Within {BAND:.0%}, which predictions cannot tell apart, the least TP x PP "
+        "comes first. MFU counts attention as if there were no causal mask.",
     )
     for header in ("layout", "step", "MFU %", "compute", "TP", "SP", "EP", "PP", "DP"):
         table.add_column(header, justify="left" if header == "layout" else "right")

@@ -12,6 +12,7 @@ from .compute import repeats
 from .hardware import Cluster
 from .layout import Layout
 from .sizes import layer_weights, stage_weights
+from .squeeze import squeeze
 
 _ELEMENT = 2
 
@@ -76,6 +77,7 @@ def data_time(model: Model, cluster: Cluster, layout: Layout) -> float:
     replicas = layout.replicas
     time = _reduction(cluster, layout, weights.dense, replicas)
     time += _reduction(cluster, layout, weights.experts, replicas // layout.ep)
+    time *= 1 + cluster.constants.dp_squeeze * squeeze(model, cluster, layout)
     if layout.zero >= 3:  # weights are gathered for forward and again for backward
         whole = layer_weights(model, layout).total * model.layers * _ELEMENT
         rate = _data_rate(cluster, layout, replicas)

@@ -84,6 +84,12 @@ class Constants:
     dp_contention: float = _constant(
         0.02, 1.0, "1/rank", "how much of it each further rank of a data-parallel group takes"
     )
+    dp_squeeze: float = _constant(
+        0.5,
+        1.0,
+        "share",
+        "of a data-parallel reduction, on top of it where its copies find no free memory",
+    )
     dp_exposed: float = _constant(
         0.5, 0.4, "share", "of an overlapped data-parallel reduction that is waited for"
     )

@@ -21,7 +21,7 @@ from .estimate import peak_memory, step_time
 from .hardware import Cluster, Origin
 from .runs import Run
 
-_NOISE = 0.03  # of log step time: what the form of the model leaves, not the clock
+_NOISE = 0.02  # of log step time: what the form of the model leaves, not the clock
 _WIDTH = 0.03  # of log memory, over which fitting turns into not fitting
 _STEPS = 40
 
@@ -52,12 +52,13 @@ def calibrate(cluster: Cluster, runs: Sequence[Run], source: str, fixed: Sequenc
     if not decided:
         raise SeqParError("calibrate: no row with status ok or oom whose layout is possible")
     origin = Origin(Basis.CALIBRATED, source)
-    values: dict[str, float] = {}
-    if timed:
-        names = [name for name in _used(timed) if name not in fixed]
-        values |= solve(cluster, names, lambda made: _time_residuals(made, timed), centres=centres)
+    # memory first: times depend on how much of it is free
     names = [name for name in Constants.names("memory") if name not in fixed]
-    values |= solve(cluster, names, lambda made: _memory_residuals(made, decided), centres=centres)
+    values = solve(cluster, names, lambda made: _memory_residuals(made, decided), centres=centres)
+    if timed:
+        sized = replace(cluster, constants=cluster.constants.changed(values))
+        names = [name for name in _used(timed) if name not in fixed]
+        values |= solve(sized, names, lambda made: _time_residuals(made, timed), centres=centres)
     origins = {**cluster.origins, **dict.fromkeys(values, origin)}
     fitted = replace(cluster, constants=cluster.constants.changed(values), origins=origins)
     return Fit(fitted, len(timed), len(decided))
@@ -75,6 +76,8 @@ def _used(runs: Sequence[Run]) -> list[str]:
             unused.add(name)
     if not any(layout.overlap_dp for layout in layouts):
         unused.add("dp_exposed")
+    if not any(layout.copied_reduction for layout in layouts):
+        unused.add("dp_squeeze")
     if all(layout.tp == 1 for layout in layouts):
         unused |= {"tp_bandwidth", "tp_latency"}
     if all(layout.pp == 1 for layout in layouts):
@@ -110,7 +113,7 @@ def solve(
     residuals: Callable[[Cluster], list[float]],
     spreads_of: Mapping[str, float] | None = None,
     centres: Mapping[str, float] | None = None,
-) -> Mapping[str, float]:
+) -> dict[str, float]:
     """Values of the constants `names` with the least sum of squares, from their priors.
 
     `residuals` are those of the runs under a cluster with tried constants; `spreads_of` and

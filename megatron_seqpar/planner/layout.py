@@ -41,6 +41,8 @@ class Layout:
         plain_layers: layers keep what plain torch code keeps, not what Megatron's do: no joint
             product of queries, keys and values, but copies around all-reduces.
         overlap_dp: gradient reduction runs beside backward.
+        copied_reduction: it passes through copies as large as the weights, made anew in each step;
+            Megatron reduces the buffers that it keeps.
         uneven: stages may differ in layers, which Megatron refuses by default.
     """
 
@@ -67,6 +69,7 @@ class Layout:
     fused_loss: bool = True
     plain_layers: bool = False
     overlap_dp: bool = True
+    copied_reduction: bool = False
     uneven: bool = False
 
     @property

@@ -13,7 +13,8 @@ norms are fused. `act_ckpt` is none or every_layer, and `recompute`, where it is
 place. Rows with a column `loss_chunks` come from `megatron-seqpar sweep`: Megatron's layers, norms,
 loss and fp32 gradients. Other rows are taken as those of the Layouts study (arXiv 2311.05610): a
 vocabulary of 128,000, ZeRO 1 with bfloat16 gradients, and a loss over gathered fp32 logits. In both
-MLPs are gated, the embedding is a matrix of its own, and gradients are reduced after backward.
+MLPs are gated, the embedding is a matrix of its own, and gradients are reduced after backward; the
+study's through copies.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ def _layout(get: _Cells) -> Layout:
         fused_loss=ours,
         plain_layers=not ours,
         overlap_dp=False,
+        copied_reduction=not ours,
         uneven=True,
     )
 

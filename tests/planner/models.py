@@ -55,6 +55,7 @@ def study(
         "overlap_dp": False,
         "gradient_bytes": 2,
         "plain_layers": True,
+        "copied_reduction": True,
         **settings,
     }
     return Layout(

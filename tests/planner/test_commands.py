@@ -104,14 +104,15 @@ def test_a_file_that_is_no_csv_is_named(tmp_path: Path) -> None:
 
 
 def test_layouts_that_cannot_be_told_apart_are_ordered_by_thrift() -> None:
-    """10.0 and 10.3 s are equal, 10.6 s is not."""
+    """10.0 and 10.3 s are equal, 10.9 s is not."""
     timed = [
         (10.0, Layout(2048, 64, tp=2, pp=2)),
         (10.3, Layout(2048, 64, pp=2, micro_batch=2)),
         (10.4, Layout(2048, 64, pp=2)),
-        (10.6, Layout(2048, 64)),
+        (10.9, Layout(2048, 64)),
         (10.2, Layout(2048, 64, tp=2)),
+        (10.1, Layout(2048, 64, tp=2, sp=4)),
     ]
     order = ranked(timed, lambda item: item[0], lambda item: item[1])
-    assert [seconds for seconds, _ in order] == [10.4, 10.2, 10.3, 10.0, 10.6]
+    assert [seconds for seconds, _ in order] == [10.4, 10.2, 10.3, 10.1, 10.0, 10.9]
     assert ranked([], lambda item: item[0], lambda item: item[1]) == []

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from megatron_seqpar.mfu import model_flops
 from megatron_seqpar.planner import Layout, estimate
 from megatron_seqpar.planner.compute import gemm_seconds
+from megatron_seqpar.planner.estimate import peak_memory
+from megatron_seqpar.planner.squeeze import squeeze
 
-from .models import LLAMA_13B, cluster, model, study
+from .models import LLAMA_13B, LLAMA_30B, cluster, model, study
 
 
 def test_parts_add_up_and_mfu_is_the_one_formula() -> None:
@@ -85,3 +87,22 @@ def test_finer_recomputation_costs_less() -> None:
         for name in ("none", "mlp", "attention-qkv", "attention-output", "full")
     ]
     assert kept == sorted(kept, reverse=True)
+
+
+def test_a_reduction_through_copies_takes_longer_where_memory_is_short() -> None:
+    """The copies need blocks as large as the weights; kept activations are many small ones."""
+    roomy = study(256, tp=4, pp=1, recompute="full", copied_reduction=True)
+    assert squeeze(LLAMA_30B, cluster(), roomy) == 0
+    # logits of more sequences fill the memory too, but with blocks that the copies can use
+    logits = replace(roomy, micro_batch=4)
+    assert peak_memory(LLAMA_30B, cluster(), logits) > 0.8 * cluster().capacity.value
+    assert squeeze(LLAMA_30B, cluster(), logits) < 0.2
+    full = replace(roomy, recompute="none", fused_norm=False)
+    assert peak_memory(LLAMA_30B, cluster(), full) < peak_memory(LLAMA_30B, cluster(), logits)
+    assert squeeze(LLAMA_30B, cluster(), full) > 0.5
+    times = [
+        estimate(LLAMA_30B, cluster(), layout).time.dp
+        for layout in (roomy, full, replace(full, copied_reduction=False))
+    ]
+    assert times[0] == times[2] < times[1]
+    assert times[1] / times[0] < 1.01 + cluster().constants.dp_squeeze

@@ -135,6 +135,7 @@ def activations(args: Any, model: list[torch.nn.Module], most: int) -> Activatio
         shared=tensor_parallel if args.sequence_parallel else 1,
         predictions=1 + (getattr(args, "mtp_num_layers", None) or 0),
         sums=not args.gradient_accumulation_fusion,
+        split_gate=gated and not _config_of(model[0]).bias_activation_fusion,
     )
 
 

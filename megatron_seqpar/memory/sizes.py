@@ -34,6 +34,8 @@ class Activations:
     predictions: logits per token and label: more than 1 with multi-token prediction.
     sums: whether weight gradients of pieces are summed beside the gradient buffer, in fp32; not
         with gradient-accumulation fusion, which adds them to the buffer.
+    split_gate: a gated activation is several operations (--no-bias-swiglu-fusion), which keep half
+        of the first linear layer's output twice; Megatron's fused one keeps its input alone.
     """
 
     tokens: int
@@ -49,6 +51,7 @@ class Activations:
     shared: int = 1
     predictions: int = 1
     sums: bool = True
+    split_gate: bool = False
 
     def kept_per_layer(self, recompute: str, mlp_chunks: int = 0) -> int:
         """Bytes that a layer keeps from forward to backward for one micro-batch.
@@ -72,8 +75,8 @@ class Activations:
         return round(self.tokens * elements * self.element)
 
     def _mlp_saved(self) -> float:
-        """Elements per token that an MLP saves; a gated one has half of its first output twice."""
-        gated = self.mlp_up / 2 if self.mlp_up > self.mlp_down else 0
+        """Elements per token that an MLP saves."""
+        gated = self.mlp_up / 2 if self.split_gate and self.mlp_up > self.mlp_down else 0
         return self.mlp_up + self.mlp_down + gated
 
     def layer_moment(self, recompute: str, mlp_chunks: int = 0) -> int:
@@ -83,12 +86,19 @@ class Activations:
         if recompute in (FULL, "attention-output", "attention-qkv"):
             whole = self.kept_per_layer("mlp") / (self.tokens * self.element)
             again = whole - self.kept_per_layer(recompute) / (self.tokens * self.element)
-        mlp = (self.mlp_up + self.mlp_down) / pieces  # its gradients
+        mlp: float = self.mlp_up + self.mlp_down  # its gradients
+        # what entered the second layer is let go before a fused activation's backward
+        gone = 0 if self.split_gate else self.mlp_down
         if recompute != "none" or mlp_chunks:
-            mlp += self._mlp_saved() / pieces
+            mlp += self._mlp_saved()
+        mlp = (mlp - gone) / pieces
+        if mlp_chunks or recompute in ("mlp", "attention-qkv"):
+            mlp += residual * (1 + 1 / pieces)  # the input's whole gradient, a piece's output
         # gradients of q, k and v, summed in fp32 and then handed on in the activations' dtype
         attention = (self.query + self.key_value) * (1 + 4 / self.element) + self.query
-        sums = 4 * self.hidden * (self.mlp_up + self.mlp_down) * (self.sums and mlp_chunks > 1)
+        sums = 0.0
+        if self.sums and mlp_chunks > 1:  # of both layers, and the second one's newest gradient
+            sums = self.hidden * (4 * self.mlp_up + (4 + self.element) * self.mlp_down)
         widest = max(
             mlp * self.tokens * self.element + sums, attention * self.tokens * self.element
         )
@@ -97,17 +107,23 @@ class Activations:
     def loss_moment(self, loss_chunks: int = 0) -> int:
         """Bytes of logits and their gradients at the fullest; 0 without an LM head.
 
-        Logits and their gradients in the activations' dtype, and the softmax in fp32; fp32 logits
-        become the softmax in place. Uncut, the logits of every prediction are there at once. The
-        Triton kernel needs no fp32 softmax; it is reckoned with all the same.
+        Logits in the activations' dtype beside the softmax in fp32, then its gradient beside
+        theirs; fp32 logits become either in place. Uncut, the logits of every prediction are there
+        at once. The Triton kernel needs no fp32 softmax; it is reckoned with all the same. With
+        them are the last norm's input and output and the gradient of its output.
         """
         if not self.vocabulary:
             return 0
-        per_logit = 4 + (0 if self.element == 4 else 2 * self.element)
+        per_logit = 4 + (0 if self.element == 4 else self.element)
         logits: float = self.tokens * self.vocabulary * per_logit
         logits = logits / loss_chunks if loss_chunks else logits * self.predictions
-        sums = 4 * self.hidden * self.vocabulary * (self.sums and loss_chunks > 1)
-        return round(logits + sums + self.tokens * self.hidden * self.element)
+        states = 2 * self.hidden / self.shared + self.hidden
+        if loss_chunks:
+            states += self.hidden / loss_chunks
+        sums = 0
+        if self.sums:  # the head's newest gradient, and from two pieces on their sum
+            sums = self.hidden * self.vocabulary * (self.element + 4 * (loss_chunks > 1))
+        return round(logits + sums + self.tokens * states * self.element)
 
     def peak(self, recompute: str, mlp_chunks: int = 0, loss_chunks: int = 0) -> int:
         """Bytes of activations at the fullest moment of a step."""

@@ -29,13 +29,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MATRIX="${SEQPAR_MATRIX_DIR:-$SEQPAR_REPO/.venv-matrix}"
 [[ "$MATRIX" == /* ]] || MATRIX="$PWD/$MATRIX"
 
-# What is run: integration is most of it, launcher and cpu_runtime train through the launcher, and
-# patches and the parity tests train on two ranks and more against one.
-WITH_TRAINING=(tests/integration tests/launcher tests/cpu_runtime tests/patches)
-WITH_TRAINING+=(tests/training/test_parity.py)
+# What is run, besides the integration: what the launcher and the CPU runtime do to Megatron, the
+# patches, and training through the launcher on two ranks and more against one.
+WITH_TRAINING=(tests/integration tests/cpu_runtime tests/patches)
+WITH_TRAINING+=(tests/launcher/test_dataset_helpers.py)
+WITH_TRAINING+=(tests/launcher/test_runs.py::test_help_after_the_script_is_the_scripts_in_one_process)
+WITH_TRAINING+=(tests/launcher/test_runs.py::test_what_megatron_refuses_is_a_line_a_rank)
+WITH_TRAINING+=("tests/training/test_parity.py::test_fifty_steps_are_the_same[sp2]")
+WITH_TRAINING+=("tests/training/test_parity.py::test_fifty_steps_are_the_same[sp2-tp2-tpsp]")
+WITH_TRAINING+=(tests/training/test_parity.py::test_fifty_steps_over_pipeline_stages)
 CORE_ONLY=(tests/integration tests/patches)
-# slow elsewhere, and what most depends on the release
-SLOW=(tests/integration/test_training.py)
+# left out of the default run, and what most depends on the release
+trains=tests/integration/test_training.py
+SLOW=("$trains::test_the_stock_script_trains_like_stock_megatron" "$trains::test_hybrid_model")
+SLOW+=("$trains::test_mixture_of_experts_and_multi_token_prediction")
+SLOW+=("$trains::test_share_of_odd_length" "$trains::test_latent_attention")
+SLOW+=(tests/integration/test_recompute_pipeline.py)
 
 usage() {
     sed -n '4,25p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'

@@ -11,6 +11,8 @@ import sys
 import types
 from typing import Any
 
+from megatron_seqpar.compatibility import before, family
+
 from .arguments import cpu_arguments
 from .import_hooks import after_import
 from .registry import replace, unit
@@ -85,6 +87,41 @@ def no_legacy_kernels() -> None:
         replace(module, load=lambda args: None)
 
     after_import("megatron.legacy.fused_kernels", hook)
+
+
+@unit
+def outputs_in_flight() -> None:
+    """Before 0.18 an interleaved pipeline frees a stage's output while it is still being sent.
+
+    NCCL keeps the memory until it has been read; gloo does not, and the next stage gets what is
+    written there meanwhile. Losses then differ from run to run with no error. Outputs are kept.
+
+    Serves: core/pipeline_parallel/schedules.py (`deallocate_output_tensor` after an asynchronous
+    send in `forward_backward_pipelining_with_interleaving`), in 0.16 and 0.17.
+    """
+
+    def hook(module: types.ModuleType) -> None:
+        from megatron.core import package_info
+        from megatron.core.utils import get_model_config
+
+        if family(package_info.__version__) not in before("0.18"):
+            return
+        original: Any = module.forward_backward_pipelining_with_interleaving
+
+        @functools.wraps(original)
+        def forward_backward_pipelining_with_interleaving(*args: Any, **kwargs: Any) -> Any:
+            chunks = kwargs["model"]  # the parameters are keyword-only
+            get_model_config(chunks[0]).deallocate_pipeline_outputs = False
+            return original(*args, **kwargs)
+
+        replace(
+            module,
+            forward_backward_pipelining_with_interleaving=(
+                forward_backward_pipelining_with_interleaving
+            ),
+        )
+
+    after_import("megatron.core.pipeline_parallel.schedules", hook)
 
 
 class _AbsentLinear:

@@ -35,7 +35,8 @@ def cuda_generator() -> None:
             set_rng_state_all=lambda states: generator.set_state(states[0]) and None,
             manual_seed=manual_seed,
             manual_seed_all=manual_seed,
-            initial_seed=generator.initial_seed,
+            # not the method itself: torch.compile refuses one object under two names
+            initial_seed=lambda: generator.initial_seed(),
             seed=seed,
             seed_all=seed,
         )

@@ -3,6 +3,7 @@
 
 import gc
 import runpy
+import sys
 from typing import Any
 
 import torch
@@ -33,4 +34,5 @@ def train_and_compare(*args: Any, **kwargs: Any) -> Any:
 
 
 training.train = train_and_compare
+sys.path.insert(0, str(SCRIPT.parent))
 runpy.run_path(str(SCRIPT), run_name="__main__")

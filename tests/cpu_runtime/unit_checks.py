@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import sys
@@ -261,6 +262,24 @@ def no_jit_warmup() -> None:
 
 
 @check
+def outputs_in_flight() -> None:
+    from megatron.core.pipeline_parallel import schedules
+
+    config = types.SimpleNamespace(deallocate_pipeline_outputs=True)
+    chunks = [types.SimpleNamespace(config=config)] * 2
+    with contextlib.suppress(AssertionError, AttributeError, TypeError):  # nothing to train
+        schedules.forward_backward_pipelining_with_interleaving(
+            forward_step_func=None,
+            data_iterator=[None, None],
+            model=chunks,
+            num_microbatches=2,
+            seq_length=2,
+            micro_batch_size=1,
+        )
+    assert not config.deallocate_pipeline_outputs
+
+
+@check
 def names_of_absent_engine() -> None:
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -349,6 +368,9 @@ def _stand_ins() -> None:
     legacy.load = _raise  # type: ignore[attr-defined]
     sys.modules[legacy.__name__] = legacy
     # as in megatron-core 0.16 without Transformer Engine
+    from megatron.core import package_info
+
+    package_info.__version__ = "0.16.1"
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 

@@ -92,7 +92,8 @@ def bf16(rank):
         for count in (2, 16, rows):
             with settings(mlp_chunks=str(count)):
                 for got, limit in zip(errors(), own, strict=True):
-                    assert got <= 2 * limit, (count, got, limit)
+                    # torch 2.13 sums a whole product's gradient more exactly than 2.11 did
+                    assert got <= 2.2 * limit, (count, got, limit)
 
 
 def test_bf16_errors_are_those_of_the_whole(pool):

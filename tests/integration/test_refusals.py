@@ -293,6 +293,7 @@ def test_world_size_is_refused_with_the_numbers():
 
 def parser(monkeypatch, world):
     """A parser with a few of Megatron's flags, wrapped as Megatron's own is."""
+    pytest.importorskip("megatron.training")  # the parsed settings ask for a summary of training
     from megatron_seqpar.integration import arguments
 
     def stock(parser):

@@ -55,7 +55,8 @@ def hybrid_pattern(pattern: str) -> tuple[str, ...]:
     """The flags that give the layers of a hybrid model."""
     if at_least("0.17"):
         return ("--hybrid-layer-pattern", pattern)
-    return ("--num-layers", str(len(pattern)), "--hybrid-override-pattern", pattern)
+    layers = ("--num-layers", str(len(pattern)), "--is-hybrid-model")
+    return (*layers, "--hybrid-override-pattern", pattern)
 
 
 def hybrid_model(config: Any, spec: Any, pattern: str, **more: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_seqpar.data import Corpus, tokenizer_arguments
+from megatron_seqpar.data import VOCABULARY_SIZE, Corpus, tokenizer_arguments
+from tests.support.releases import at_least
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tests" / "integration"
@@ -30,6 +31,19 @@ TRAINING = shlex.split(
     "--lr-warmup-iters 5 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --eval-iters 0 "
     "--eval-interval 1000 --log-interval 1 --split 100,0,0 --num-workers 0"
 )
+
+
+def tokenizer() -> list[str]:
+    """Arguments of the corpus' tokenizer.
+
+    Before 0.18 none names the token that ends documents, which comes on top of the vocabulary.
+    """
+    given = tokenizer_arguments()
+    if not at_least("0.18") and "--null-tokenizer-eod-id" in given:
+        at = given.index("--null-tokenizer-eod-id")
+        del given[at : at + 2]
+        given[given.index("--vocab-size") + 1] = str(VOCABULARY_SIZE - 1)
+    return given
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class Setting:
             chain = [str(TOOLS / "plain_attention.py"), json.dumps(plain), *chain]
         length = str(self.seq_length)
         command = [sys.executable, "-m", "megatron_seqpar", "run", "--nproc", str(ranks)]
-        command += ["--device", "cpu", *chain, *self.model, *TRAINING, *tokenizer_arguments()]
+        command += ["--device", "cpu", *chain, *self.model, *TRAINING, *tokenizer()]
         command += ["--seq-length", length, "--max-position-embeddings", length]
         if not self.dense_masks:
             command += ["--no-create-attention-mask-in-dataloader"]

@@ -68,7 +68,8 @@ def _curve(axes: Any, places: Sequence[int], points: Sequence[Estimate | None], 
     axes.set_xscale("log", base=2)
     axes.set_xlabel(f"{label} (dotted: nothing fits)")
     axes.set_ylabel("MFU %, best layout")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max((y for _, y in known), default=100))
+    axes.grid(alpha=0.3)
 
 
 def _stack(axes: Any, estimates: Sequence[Estimate], cluster: Cluster) -> None:
@@ -84,4 +85,4 @@ def _stack(axes: Any, estimates: Sequence[Estimate], cluster: Cluster) -> None:
     ]
     axes.set_xticks(range(len(estimates)), labels, fontsize=8)
     axes.set_ylabel("GiB of the fullest rank")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -76,5 +76,14 @@ def test_the_newest_release_is_the_one_of_the_constraints():
     assert len({one.name for one in ENVIRONMENTS}) == len(ENVIRONMENTS)
 
 
+def test_the_page_lists_every_environment():
+    text = (ROOT / "docs" / "versions.md").read_text()
+    for one in ENVIRONMENTS:
+        wanted = f"| {one.release.version} | .*| {one.python} | {one.torch}"
+        assert re.search(wanted, text), one.name
+    for release in RELEASES:
+        assert f"`{release.tag}.diff`" in text
+
+
 def test_the_package_asks_for_the_oldest_release():
     assert f'"megatron-core>={RELEASES[0].version}"' in (ROOT / "setup.py").read_text()

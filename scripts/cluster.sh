@@ -3,13 +3,25 @@
 #
 # What the scripts that start runs share; source it.
 #
-#   SEQPAR_PYTHON   the Python that has megatron_seqpar installed   (default: python3)
+#   SEQPAR_PYTHON   the Python that has megatron_seqpar installed   (default: python3; where that
+#                   lacks it, the one of the repository's .venv)
 
 # The repository; under sbatch, which runs a copy, SEQPAR_REPO or the folder it was submitted from.
 seqpar_repository() {
     local here
     here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     printf '%s\n' "${SEQPAR_REPO:-$here}"
+}
+
+# The Python to run the plugin's commands with; see the top.
+seqpar_python() {
+    local made
+    made="$(seqpar_repository)/.venv/bin/python"
+    if [[ -z "${SEQPAR_PYTHON:-}" && -x "$made" ]] && ! python3 -c 'import typer' 2>/dev/null; then
+        printf '%s\n' "$made"
+    else
+        printf '%s\n' "${SEQPAR_PYTHON:-python3}"
+    fi
 }
 
 seqpar_fail() {

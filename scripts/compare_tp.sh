@@ -117,7 +117,7 @@ if [[ "$nodes" -gt 1 ]]; then
     file+=$'\n'"  ranks-per-node: $nproc"
 fi
 
-command=("${SEQPAR_PYTHON:-python3}" -m megatron_seqpar compare)
+command=("$(seqpar_python)" -m megatron_seqpar compare)
 if [[ "$dry_run" == 1 ]]; then
     path="$(mktemp --suffix=.yaml)"
     trap 'rm -f "$path"' EXIT

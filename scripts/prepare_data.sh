@@ -40,5 +40,5 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 [[ -n "$output" ]] || seqpar_fail "--output is missing: folder and start of the files' names"
-command=("${SEQPAR_PYTHON:-python3}" -m megatron_seqpar prepare-data --output-prefix "$output")
+command=("$(seqpar_python)" -m megatron_seqpar prepare-data --output-prefix "$output")
 seqpar_start "$dry_run" "${command[@]}" ${arguments[@]+"${arguments[@]}"}

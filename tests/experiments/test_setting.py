@@ -7,6 +7,7 @@ import pytest
 
 from megatron_seqpar.compare.config import CompareConfig
 from megatron_seqpar.errors import SeqParError
+from megatron_seqpar.experiments.run_file import kind_of, read_run
 from megatron_seqpar.experiments.setting import read_setting
 from megatron_seqpar.sweep.space import Space
 
@@ -16,8 +17,12 @@ MODEL = f"model: {CONFIGS / 'models' / 'quickstart.yaml'}\n"
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "runs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_file_of_the_repository_is_read(path):
-    kind = CompareConfig if path.stem.startswith("compare") else Space
-    assert read_setting(kind, path).model.is_file()
+    kind = kind_of(path)
+    assert path.stem.startswith(kind)
+    if kind == "pretrain":
+        assert read_run(path).model.is_file()
+    else:
+        assert read_setting(CompareConfig if kind == "compare" else Space, path).model.is_file()
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,12 @@ def bf16(rank):
             return [((got.double() - right).norm() / right.norm()).item() for got, right in pairs]
 
         own = errors()
+        # torch 2.13 sums a whole product's gradient more exactly than 2.11 did
+        ratio = 2.2 if torch.torch_version.TorchVersion(torch.__version__) >= "2.13" else 2
         for count in (2, 16, rows):
             with settings(mlp_chunks=str(count)):
                 for got, limit in zip(errors(), own, strict=True):
-                    # torch 2.13 sums a whole product's gradient more exactly than 2.11 did
-                    assert got <= 2.2 * limit, (count, got, limit)
+                    assert got <= ratio * limit, (count, got, limit)
 
 
 def test_bf16_errors_are_those_of_the_whole(pool):

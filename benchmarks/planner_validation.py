@@ -6,7 +6,9 @@
 FOLDER holds CSV files as `megatron-seqpar plan calibrate` reads them, one a sheet. The result has
 scores of each sheet and of all, of the planner and of the Layouts study's rule of thumb, and no
 rows. `tau_ceiling` is Kendall's tau of the measured times and the same times with the noise of a
-repetition on them: what a perfect model would reach. `--all` also reports the fit on all sheets at
+repetition on them: what a perfect model would reach. `regret_by_band` has each sheet's regret with
+other widths of the band in which times count as equal (`megatron_seqpar/planner/ranking.py`); 0% is
+by time alone. `--all` also reports the fit on all sheets at
 once, and the left-out predictions without the runs that docs/planner.md cannot explain.
 """
 
@@ -30,6 +32,7 @@ from megatron_seqpar.planner.validate import Predicted, kendall_tau, predict_run
 
 _REPETITION = 0.007  # of log step time: repeated runs of the sheets differ by 0.3 to 1.1%
 _DRAWS = 50
+_BANDS = (1e-9, 0.05, 0.07, 0.08, 0.10, 0.15)  # widths for the order of picks; the first is none
 
 
 def leave_one_out(sheets: dict[str, list[Run]], cluster_name: str) -> list[Predicted]:
@@ -91,6 +94,7 @@ def report(predicted: list[Predicted]) -> dict[str, Any]:
     rules = [rule_of_thumb(runs) for runs in members.values()]
     known = [rule for rule in rules if rule is not None]
     regrets = [each.regret for each in groups if each.regret is not None]
+    by_band = {band: [one.regret for one in score_groups(predicted, band)] for band in _BANDS}
     return {
         "groups": [
             {**asdict(each), "rule_of_thumb_regret": rule, "tau_ceiling": tau_ceiling(runs)}
@@ -98,6 +102,7 @@ def report(predicted: list[Predicted]) -> dict[str, Any]:
         ],
         "all": asdict(overall(predicted, groups)),
         "worst_regret": max(regrets),
+        "regret_by_band": {f"{band:.0%}": found for band, found in by_band.items()},
         "rule_of_thumb_regret": {"mean": fmean(known), "worst": max(known)},
     }
 

@@ -24,9 +24,15 @@ _Item = TypeVar("_Item")
 
 
 def ranked(
-    items: Iterable[_Item], time: Callable[[_Item], float], layout: Callable[[_Item], Layout]
+    items: Iterable[_Item],
+    time: Callable[[_Item], float],
+    layout: Callable[[_Item], Layout],
+    band: float = BAND,
 ) -> list[_Item]:
-    """`items` in that order; `time` is an item's predicted seconds, `layout` its layout."""
+    """`items` in that order; `time` is an item's predicted seconds, `layout` its layout.
+
+    band: width of a band as a share, above 0.
+    """
     known = list(items)
     if not known:
         return []
@@ -34,7 +40,7 @@ def ranked(
 
     def key(item: _Item) -> tuple[float, ...]:
         seconds, made = time(item), layout(item)
-        band = math.floor(math.log(seconds / best) / math.log1p(BAND) + 1e-9)
-        return (band, made.tp * made.pp, made.sp, made.micro_batch, made.tp, seconds)
+        step = math.floor(math.log(seconds / best) / math.log1p(band) + 1e-9)
+        return (step, made.tp * made.pp, made.sp, made.micro_batch, made.tp, seconds)
 
     return sorted(known, key=key)

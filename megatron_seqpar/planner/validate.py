@@ -25,7 +25,7 @@ from ..errors import SeqParError
 from ..mfu import model_flops, utilization
 from .estimate import peak_memory, step_time
 from .hardware import Cluster
-from .ranking import ranked
+from .ranking import BAND, ranked
 from .runs import Run
 
 COLUMNS = ("pred_memory_bytes", "pred_fits", "pred_step_time_s", "pred_mfu")
@@ -82,8 +82,11 @@ class Scores:
     top1_oom: bool | None
 
 
-def score(predicted: Sequence[Predicted], name: str) -> Scores:
-    """Scores of the runs of one group, or of several if ranking them together makes sense."""
+def score(predicted: Sequence[Predicted], name: str, band: float = BAND) -> Scores:
+    """Scores of the runs of one group, or of several if ranking them together makes sense.
+
+    band: of `ranked`, by which picks are made.
+    """
     known = [each for each in predicted if each.run.decided]
     done = [each for each in known if each.run.ok and each.time is not None]
     oom = [each for each in known if each.run.status == "oom"]
@@ -94,6 +97,7 @@ def score(predicted: Sequence[Predicted], name: str) -> Scores:
         (each for each in known if each.fits and each.time is not None),
         lambda each: each.time or math.inf,
         lambda each: each.run.layout,
+        band,
     )
     picks = [each for each in order if each.run.ok][:3]
     best = min((actual for _, actual in pairs), default=None)
@@ -116,13 +120,13 @@ def score(predicted: Sequence[Predicted], name: str) -> Scores:
     )
 
 
-def score_groups(predicted: Sequence[Predicted]) -> list[Scores]:
-    """Scores of each group, in the order of the rows."""
+def score_groups(predicted: Sequence[Predicted], band: float = BAND) -> list[Scores]:
+    """Scores of each group, in the order of the rows; `band` as in `score`."""
     groups: dict[tuple[str, ...], list[Predicted]] = {}
     for each in predicted:
         groups.setdefault(each.run.group, []).append(each)
     return [
-        score(members, " ".join(part for part in group if part))
+        score(members, " ".join(part for part in group if part), band)
         for group, members in groups.items()
     ]
 

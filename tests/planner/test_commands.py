@@ -115,4 +115,6 @@ def test_layouts_that_cannot_be_told_apart_are_ordered_by_thrift() -> None:
     ]
     order = ranked(timed, lambda item: item[0], lambda item: item[1])
     assert [seconds for seconds, _ in order] == [10.4, 10.2, 10.3, 10.1, 10.0, 10.9]
+    by_time = ranked(timed, lambda item: item[0], lambda item: item[1], band=1e-9)
+    assert [item[0] for item in by_time] == sorted(item[0] for item in timed)
     assert ranked([], lambda item: item[0], lambda item: item[1]) == []
